@@ -1,0 +1,1 @@
+"""GPTQ weight quantization."""

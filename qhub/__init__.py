@@ -1,0 +1,57 @@
+"""qhub: quantize once, deploy anywhere.
+
+The public API, loaded lazily: importing `qhub` imports neither torch nor a vendor SDK. A plugin imports from here (its
+tests also from `qhub.testing`) and from nothing deeper.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "qhub.hookspecs": ("hookimpl",),
+    "qhub.errors": ("ExitCode", "NoRouteError", "PluginError", "QhubError", "Unsupported", "UsageError"),
+    "qhub.interfaces": ("Block", "Component", "Exporter", "Group", "Quantizer", "Runtime", "Session", "Statistics"),
+    "qhub.types": (
+        "Artifact", "Estimates", "Fact", "Goals", "LayerShape", "ModelProfile", "ModelSource", "QuantizedModel", "Recipe",
+        "Route", "Scheme", "Target",
+    ),
+    "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
+    "qhub.quantize.grid": ("Grid", "minmax_grid", "on_grid", "quantize_rtn", "search_grid"),
+    "qhub.quantize.linalg": ("compensate", "output_loss", "upper_factor"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+if TYPE_CHECKING:
+    from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
+    from qhub.hookspecs import hookimpl
+    from qhub.interfaces import Block, Component, Exporter, Group, Quantizer, Runtime, Session, Statistics
+    from qhub.quantize.grid import Grid, minmax_grid, on_grid, quantize_rtn, search_grid
+    from qhub.quantize.linalg import compensate, output_loss, upper_factor
+    from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
+    from qhub.types import (
+        Artifact,
+        Estimates,
+        Fact,
+        Goals,
+        LayerShape,
+        ModelProfile,
+        ModelSource,
+        QuantizedModel,
+        Recipe,
+        Route,
+        Scheme,
+        Target,
+    )
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
+    home = _HOME_OF.get(name)
+    if home is None:
+        message = f"module `qhub` has no attribute `{name}`"
+        raise AttributeError(message)
+    return getattr(importlib.import_module(home), name)

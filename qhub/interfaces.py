@@ -1,0 +1,216 @@
+"""What a plugin implements: `Quantizer`, `Exporter`, `Runtime` and the `Session` a runtime opens.
+
+A complete quantizer plugin, in one file:
+
+    from qhub import Quantizer, hookimpl, quantize_rtn
+
+    class Nearest(Quantizer):
+        name = "nearest"
+        summary = "round to nearest"
+
+        def quantize_layer(self, weight, scheme, block):
+            return quantize_rtn(weight, scheme, block.dtype)
+
+    @hookimpl
+    def qhub_quantizers():
+        return [Nearest()]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from qhub.errors import UsageError
+from qhub.types import Artifact, Family, ModelProfile, QuantizedModel, Recipe, Scheme, Target
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from qhub.quantize.qtensor import QTensor
+
+
+class Component:
+    """What every plugin component says of itself; all of it cheap and free of heavy imports."""
+
+    name: str = ""
+    summary: ClassVar[str] = ""
+    #: Importable modules that the work needs; a missing one shows as "not usable here: pip install …".
+    requires: ClassVar[tuple[str, ...]] = ()
+    #: The distribution to install when something in `requires` is missing, e.g. "qhub-awq".
+    distribution: ClassVar[str] = ""
+
+
+class Statistics(Protocol):
+    """What calibration saw at the input of a layer: T tokens of K channels.
+
+    The arrays belong to the walk; a quantizer must not modify them.
+    """
+
+    tokens: int
+
+    @property
+    def gram(self) -> torch.Tensor | None:
+        """Mean of x xᵀ, (K, K) float32; None unless the quantizer asked for "gram" and there is data."""
+
+    @property
+    def abs_mean(self) -> torch.Tensor:
+        """Mean |x| per channel, (K,) float32."""
+
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """Mean of (x_float − x) xᵀ, (K, K) float32: how the quantized prefix moved this input; None unless asked for."""
+
+
+class Group(Protocol):
+    """Layers of one block that read the same input tensor, in execution order (q/k/v; gate/up; a single layer)."""
+
+    @property
+    def stats(self) -> Statistics:
+        """What calibration saw at the group's input."""
+
+    @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Layer name inside the block → weight (N, K) float32; the quantizer must not modify it."""
+
+    @property
+    def foldable(self) -> bool:
+        """Whether a per-channel input scale can be folded into the module that produces the input."""
+
+    def tied(self, values: torch.Tensor) -> torch.Tensor:
+        """values (K,) made equal (geometric mean) where one producer channel feeds several inputs (grouped-query attention)."""
+
+    def output_error(self, weights: Mapping[str, torch.Tensor]) -> float:
+        """Mean squared change of the containing module's output (sampled tokens) with `weights` in place of the group's.
+
+        The weights act on the unscaled input: pass `dequantized / scale` to judge an input scale. Only inside
+        `scale_group`, and only for groups of several layers.
+        """
+
+
+class Block(Protocol):
+    """One decoder block on its way through the walk."""
+
+    index: int
+    name: str
+    #: the dtype that scales are stored in: pass it to `round_scale`.
+    dtype: torch.dtype
+
+    def observed(self) -> Iterator[Group]:
+        """All groups in execution order, with statistics from one pass through the float block."""
+
+    def groups(self) -> Iterator[Group]:
+        """The groups in execution order; the statistics of each see the groups before it already quantized."""
+
+    def schemes(self, group: Group) -> Mapping[str, Scheme]:
+        """The scheme of each layer of `group` (overrides applied)."""
+
+    def fold(self, group: Group, scale: torch.Tensor) -> bool:
+        """Divide the group's input by `scale` (K,) in its producer and multiply the weights' columns by it.
+
+        Returns False and changes nothing when the block's float output would change. Only before anything is kept.
+        """
+
+    def keep(self, group: Group, result: Mapping[str, QTensor]) -> None:
+        """Put the quantized weights of `group` in place; later groups see them."""
+
+    def note(self, group: Group, text: str) -> None:
+        """Say in the report that the group's layers were treated differently (a fallback, a dead input)."""
+
+
+class Quantizer(Component):
+    """A method. Override the finest level that the method needs; the default of each calls the next finer one.
+
+    `family` is the leaf of the flowchart that the method serves. `needs` names the statistics to collect: "gram",
+    "drift"; empty means that no calibration pass is run at all.
+    """
+
+    family: ClassVar[Family] = "weight-only"
+    default_scheme: ClassVar[str] = "w4a16-g128-asym"
+    needs: frozenset[str] = frozenset()
+    #: Whether `scale_group` may return a scale: then `a+b` takes a's scales and b's rounding.
+    scales: ClassVar[bool] = False
+    #: option name → default; what a recipe's `options` may set.
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - options are plain YAML values
+        unknown = sorted(set(options) - set(self.options))
+        if unknown:
+            message = f"quantizer `{self.name}` has no option `{unknown[0]}`"
+            raise UsageError(message, hint=f"its options are: {', '.join(self.options) or 'none'}")
+        self.settings: Mapping[str, Any] = {**self.options, **options}
+
+    def reject(self, profile: ModelProfile, scheme: Scheme) -> str | None:
+        """Why this method cannot take this model at this scheme, naming every bad layer; reads no weights."""
+        return None if scheme.is_weight_only else f"`{self.name}` does not write scheme `{scheme}`"
+
+    def quantize_layer(self, weight: torch.Tensor, scheme: Scheme, block: Block) -> QTensor:
+        """Quantize one weight (N, K) float32 without looking at data. Called once per layer; must be deterministic."""
+        raise NotImplementedError
+
+    def scale_group(self, group: Group, block: Block) -> torch.Tensor | None:
+        """The input scale (K,) to fold into the group's producer, or None. Called for foldable groups, before any rounding."""
+        return None
+
+    def quantize_group(self, group: Group, block: Block) -> Mapping[str, QTensor]:
+        """Quantize the layers that read one input. Called once per group, in execution order."""
+        schemes = block.schemes(group)
+        return {name: self.quantize_layer(weight, schemes[name], block) for name, weight in group.weights.items()}
+
+    def quantize_block(self, block: Block) -> None:
+        """Quantize one block: first all input scales, then the groups in execution order. Called once per block, in order."""
+        if self.scales:
+            for group in block.observed():
+                scale = self.scale_group(group, block) if group.foldable else None
+                if scale is not None:
+                    block.fold(group, scale)
+        for group in block.groups():
+            block.keep(group, self.quantize_group(group, block))
+
+
+class Exporter(Component):
+    """A file format. Says which schemes it carries exactly, and refuses the rest with a reason."""
+
+    format: ClassVar[str] = ""
+
+    def reject(self, profile: ModelProfile, scheme: Scheme) -> str | None:
+        """Why this format cannot carry this model at this scheme; never a silent change of scheme."""
+        return None
+
+    def export(self, model: QuantizedModel, out: Path, recipe: Recipe) -> Artifact:
+        """Write the artifact into the empty directory `out`. Called once, after quantization."""
+        raise NotImplementedError
+
+
+class Session(Protocol):
+    """An opened artifact."""
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """ids (B, T) → next-token logits (B, T, V)."""
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
+        """Token ids that continue `ids`, one at a time."""
+
+    def close(self) -> None:
+        """Give memory back."""
+
+
+class Runtime(Component):
+    """An engine that runs artifacts of certain `formats`."""
+
+    formats: ClassVar[tuple[str, ...]] = ()
+
+    def reject(self, target: Target) -> str | None:
+        """Why this engine does not run on a device with these facts."""
+        return None
+
+    def efficiency(self, target: Target) -> float | None:
+        """Measured share of the roofline that decoding reaches there, to cap an estimate; None if not measured."""
+        return None
+
+    def open(self, path: Path) -> Session:
+        """Open the artifact at `path`."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""SHOW THAT IT HOLDS: evaluation, parity, speed, and the report."""

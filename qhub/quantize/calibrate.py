@@ -1,0 +1,76 @@
+"""What calibration sees at a layer's input: second moments, mean magnitudes, and how far the quantized prefix moved it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class InputStatistics:
+    """Running sums over the tokens that a group of layers with K inputs reads (see `qhub.interfaces.Statistics`).
+
+    `wanted` holds "gram" and "drift" as the quantizer asked.
+    """
+
+    inputs: int
+    wanted: frozenset[str]
+    tokens: int = 0
+    _gram: torch.Tensor | None = field(default=None, repr=False)
+    _drift: torch.Tensor | None = field(default=None, repr=False)
+    _abs_sum: torch.Tensor | None = field(default=None, repr=False)
+    _finished: bool = False
+
+    def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None) -> None:
+        """Count a batch: inputs (…, K) of the quantized stream, and the same tokens' inputs in the float model."""
+        flat = inputs.reshape(-1, self.inputs)
+        self.tokens += len(flat)
+        values = flat.float()
+        magnitude = values.abs().sum(0)
+        self._abs_sum = magnitude if self._abs_sum is None else self._abs_sum.add_(magnitude)
+        if "gram" in self.wanted:
+            self._gram = _accumulate(self._gram, values, values)
+        if "drift" in self.wanted and float_inputs is not None:
+            moved = float_inputs.reshape(-1, self.inputs).float() - values
+            self._drift = _accumulate(self._drift, moved, values)
+
+    def rescale(self, scale: torch.Tensor) -> None:
+        """Account for an input scale (K,) folded into the producer after these statistics were taken."""
+        scale = scale.to(self.abs_mean)
+        self.abs_mean.div_(scale)
+        for matrix in (self._gram, self._drift):
+            if matrix is not None:
+                matrix.div_(scale).div_(scale.unsqueeze(1))
+
+    def finish(self) -> InputStatistics:
+        """Turn sums into means, in place; call once."""
+        for matrix in (self._gram, self._drift, self._abs_sum):
+            if matrix is not None:
+                matrix.div_(max(self.tokens, 1))
+        self._finished = True
+        return self
+
+    @property
+    def gram(self) -> torch.Tensor | None:
+        """Σ x xᵀ / T, (K, K) float32."""
+        return self._gram
+
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """Σ (x_float − x) xᵀ / T, (K, K) float32."""
+        return self._drift
+
+    @property
+    def abs_mean(self) -> torch.Tensor:
+        """Mean |x|, (K,) float32."""
+        if self._abs_sum is None:
+            self._abs_sum = torch.zeros(self.inputs)
+        return self._abs_sum
+
+
+def _accumulate(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """total + leftᵀ·right, (K, K), reusing the memory of `total`."""
+    if total is None:
+        return left.t() @ right
+    return total.addmm_(left.t(), right)

@@ -1,0 +1,119 @@
+"""Where the grid lies: scale and zero of each group of weights, from its extremes or by searching for the least error.
+
+Pure functions on weight (N, K) float32; results are scale and zero (N, G) float32 that every format carries exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qhub.quantize.qtensor import QTensor, encode, group_size_of, round_scale
+from qhub.types import Scheme
+
+_SMALLEST = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scale (N, G) float32 > 0 and zero (N, G) float32, integers ≥ 1."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+def minmax_grid(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+    """The smallest grid that clips nothing."""
+    low, high = _extremes(weight, scheme)
+    return _fit(low, high, scheme, dtype)
+
+
+def search_grid(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, importance: torch.Tensor, *, steps: int = 12) -> Grid:
+    """The grid of least weighted squared error: ranges shrunk in `steps` steps to one half, then least-squares scales.
+
+    importance (K,) ≥ 0 weighs each input's error, e.g. the mean square of that input. Never worse than `minmax_grid` in
+    that measure. Source: clip search of AWQ (arXiv 2306.00978) and scale search of ggml's k-quants.
+    """
+    search = _Search(weight, scheme, dtype, importance)
+    low, high = _extremes(weight, scheme)
+    for step in range(steps):
+        share = 1 - 0.5 * step / steps
+        search.try_grid(_fit(low * share, high * share, scheme, dtype))
+    for _ in range(2):
+        search.try_grid(search.least_squares())
+    return Grid(search.scale, search.zero)
+
+
+def quantize_rtn(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> QTensor:
+    """Round to nearest on the min-max grid; weight (N, K) float32, not modified; `dtype` is the artifact's."""
+    return on_grid(weight, minmax_grid(weight, scheme, dtype), scheme)
+
+
+def on_grid(weight: torch.Tensor, grid: Grid, scheme: Scheme) -> QTensor:
+    """Round weight (N, K) to the nearest points of `grid`."""
+    codes = encode(weight, grid.scale, grid.zero, scheme.weight_bits)
+    return QTensor(codes, grid.scale, grid.zero, scheme.weight_bits, scheme.symmetric)
+
+
+def _grouped(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    size = group_size_of(scheme, weight.shape[1])
+    return weight.reshape(weight.shape[0], -1, size)
+
+
+def _extremes(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low, high) of each group, (N, G): low ≤ 0 ≤ high; symmetric: −low = high."""
+    grouped = _grouped(weight, scheme)
+    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    return low, high
+
+
+def _fit(low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+    """The grid that spans low … high."""
+    top = 2**scheme.weight_bits - 1
+    if scheme.symmetric:
+        zero = torch.full_like(low, 2.0 ** (scheme.weight_bits - 1))
+        return Grid(round_scale((high / (top - zero)).clamp_min(_SMALLEST), dtype), zero)
+    scale = ((high - low) / top).clamp_min(_SMALLEST)
+    # zero ≥ 1 for the formats that store zero − 1: a group without negative weights gives up one code for it
+    zero = torch.round(-low / scale).clamp_(1, top)
+    room = torch.where(zero < top, high / (top - zero).clamp_min(1), scale)
+    return Grid(round_scale(torch.where(low < 0, scale, torch.maximum(scale, room)), dtype), zero)
+
+
+class _Search:
+    """The best grid so far, group by group."""
+
+    def __init__(self, weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, importance: torch.Tensor) -> None:
+        self.grouped = _grouped(weight, scheme)
+        self.importance = importance.reshape(1, self.grouped.shape[1], -1)
+        self.top = 2**scheme.weight_bits - 1
+        self.dtype = dtype
+        self.error = torch.full(self.grouped.shape[:2], float("inf"), device=weight.device)
+        self.scale = torch.ones_like(self.error)
+        self.zero = torch.ones_like(self.error)
+
+    def try_grid(self, grid: Grid) -> None:
+        """Keep `grid` in the groups where it is better."""
+        shifted = self._shifted_codes(grid)
+        error = (shifted.mul_(grid.scale.unsqueeze(-1)).sub_(self.grouped).square_() * self.importance).sum(-1)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.scale = torch.where(better, grid.scale, self.scale)
+        self.zero = torch.where(better, grid.zero, self.zero)
+
+    def least_squares(self) -> Grid:
+        """The scales that fit today's codes best; same zeros."""
+        shifted = self._shifted_codes(Grid(self.scale, self.zero))
+        weighted = shifted * self.importance
+        fitted = (weighted * self.grouped).sum(-1) / weighted.mul_(shifted).sum(-1).clamp_min(1e-30)
+        usable = fitted > 0.5 * self.scale
+        return Grid(torch.where(usable, round_scale(fitted.clamp_min(_SMALLEST), self.dtype), self.scale), self.zero)
+
+    def _shifted_codes(self, grid: Grid) -> torch.Tensor:
+        """codes − zero, (N, G, group_size) float32."""
+        zero = grid.zero.unsqueeze(-1)
+        return torch.round(self.grouped / grid.scale.unsqueeze(-1)).clamp_(-zero, self.top - zero)

@@ -1,0 +1,1 @@
+"""WHICH WAY: from a model and a device to a ranked list of routes."""

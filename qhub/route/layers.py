@@ -1,0 +1,151 @@
+"""Tensors of a model folder → `LayerShape`s: what each weight is, and its true shape where it is stored packed.
+
+Everything is decided from names, shapes and the config, not from a table of architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from qhub.types import LayerShape
+from qhub.weights import TensorInfo
+
+#: safetensors' names of number formats → ours, which are also scheme names where there is one.
+DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
+_BUFFERS = ("inv_freq", "position_ids", "masked_bias", "num_batches_tracked", "e_score_correction_bias", ".SCB", ".weight_format")
+_MASKS = ("attn.bias", "attention.bias")
+_EMBEDDINGS = {"wte", "wpe", "relative_attention_bias", "position_bias_table"}
+_HEADS = {"lm_head", "embed_out", "head", "heads", "classifier", "score", "fc", "cls", "output", "qa_outputs", "output_projection"}
+_PACKED = (".weight_packed", ".qweight")
+_PACKING = (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".qzeros", ".scales", ".g_idx")
+#: bitsandbytes stores the state of each weight under the weight's own name.
+_STATE = ".weight."
+
+
+def layer_shapes(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+    """One entry per weight, in the order of the blocks; a matrix stored (K, N), as in GPT-2, is turned to (N, K)."""
+    turned = _stored_transposed(tensors)
+    layers = [_layer(info, tensors, config, turned) for info in tensors.values() if _is_weight(info)]
+    return tuple(sorted(layers, key=lambda layer: (-1 if layer.block is None else layer.block, layer.name)))
+
+
+def block_of(name: str) -> int | None:
+    """The index of the block that `name` belongs to: the first number in it."""
+    return next((int(part) for part in name.split(".")[:-1] if part.isdigit()), None)
+
+
+def block_names(names: Iterable[str]) -> set[str]:
+    """The blocks as dotted names, e.g. `model.layers.0`; an encoder and a decoder are told apart."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        number = next((place for place, part in enumerate(parts[:-1]) if part.isdigit()), None)
+        if number is not None:
+            found.add(".".join(parts[: number + 1]))
+    return found
+
+
+def _is_weight(info: TensorInfo) -> bool:
+    if info.name.endswith(_BUFFERS) or _STATE in info.name or (len(info.shape) > 2 and info.name.endswith(_MASKS)):
+        return False
+    return not info.name.endswith(_PACKING)
+
+
+def _layer(info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], turned: bool) -> LayerShape:
+    shape, size_bytes, name = info.shape, info.bytes, info.name
+    block = block_of(name)
+    if name.endswith(_PACKED):
+        base = name.rpartition(".")[0]
+        shape, name = _unpacked(info, tensors, config), f"{base}.weight"
+        size_bytes += sum(tensors[base + suffix].bytes for suffix in _PACKING if base + suffix in tensors)
+    kind = _kind(name, shape, block, config)
+    if turned and kind == "linear" and _may_be_turned(info, tensors):
+        shape = (shape[1], shape[0])
+    return LayerShape(name, kind, shape, DTYPES.get(info.dtype, info.dtype.lower()), size_bytes, block)
+
+
+def _kind(name: str, shape: tuple[int, ...], block: int | None, config: Mapping[str, Any]) -> str:
+    parts = set(name.split(".")[:-1])
+    if len(shape) < 2 or not name.endswith("weight"):
+        if len(shape) >= 2 and "expert" in name:  # fused experts are parameters, not modules
+            return "expert"
+        return "norm" if len(shape) < 2 and _is_norm(parts) else "other"
+    if len(shape) > 2:
+        return "expert" if "expert" in name else "conv"
+    if ("embed" in name or parts & _EMBEDDINGS) and not parts & _HEADS:
+        return "embedding"
+    if block is None:
+        return "head" if parts & _HEADS or shape[0] == config.get("vocab_size") else "other"
+    if any(part.endswith(("gate", "router")) for part in parts) and shape[0] in _expert_counts(config):
+        return "other"  # it chooses experts, and stays float
+    return "expert" if "expert" in name else "linear"
+
+
+def _is_norm(parts: set[str]) -> bool:
+    return any("norm" in part.lower() or part.startswith(("ln", "bn")) for part in parts)
+
+
+def _expert_counts(config: Mapping[str, Any]) -> set[Any]:
+    """Rows that a router can have: one per expert, or one for the shared expert."""
+    return {config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")} - {None} | {1}
+
+
+def _stored_transposed(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether block matrices are stored (K, N): their biases then have the length of the last axis, not of the first."""
+    straight = turned = 0
+    for info in tensors.values():
+        if len(info.shape) != 2 or info.shape[0] == info.shape[1] or not info.name.endswith(".weight") or block_of(info.name) is None:
+            continue
+        bias = tensors.get(info.name.removesuffix("weight") + "bias")
+        if bias is not None and len(bias.shape) == 1:
+            straight += bias.shape[0] == info.shape[0]
+            turned += bias.shape[0] == info.shape[1]
+    return turned > straight
+
+
+def _may_be_turned(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
+    bias = tensors.get(info.name.removesuffix("weight") + "bias")
+    return bias is not None and bias.shape == info.shape[1:]
+
+
+def _unpacked(info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The (N, K) that a packed int32 matrix stands for.
+
+    compressed-tensors packs along K: (N, K / f); GPTQ (K / f, N); AWQ (K, N / f), with f = 32 // bits numbers in each int32.
+    """
+    quantization = config.get("quantization_config") or {}
+    bits = bits_of(quantization)
+    if len(info.shape) != 2 or not bits:
+        return info.shape
+    first, second = info.shape
+    base = info.name.rpartition(".")[0]
+    if info.name.endswith(".weight_packed"):
+        scale, group_size = tensors.get(f"{base}.weight_scale"), group_size_of(quantization)
+        if scale is not None and group_size and len(scale.shape) == 2:
+            return (first, scale.shape[1] * group_size)
+        return (first, second * (32 // bits))
+    if quantization.get("quant_method") == "awq":
+        return (second * 32 // bits, first)
+    return (second, first * 32 // bits)
+
+
+def bits_of(quantization: Mapping[str, Any]) -> int | None:
+    """Bits per weight in a `quantization_config`, if it says."""
+    weights = _weights_of(quantization)
+    bits = weights.get("num_bits", quantization.get("bits", quantization.get("w_bit")))
+    return bits if isinstance(bits, int) and 0 < bits <= 16 else None
+
+
+def group_size_of(quantization: Mapping[str, Any]) -> int | None:
+    """Weights per scale in a `quantization_config`, if it says; None for one scale per channel."""
+    size = _weights_of(quantization).get("group_size", quantization.get("group_size", quantization.get("q_group_size")))
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _weights_of(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, Mapping):
+        return {}
+    found = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
+    return next((weights for weights in found if isinstance(weights, Mapping)), {})

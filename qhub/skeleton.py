@@ -1,0 +1,302 @@
+"""A transformers model without weights: its code runs, its decoder blocks are filled one at a time.
+
+What an architecture looks like is asked of transformers (the config, the module list of decoder blocks), and what each
+block is called with is recorded by letting the model call stand-ins. No architecture is named here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from qhub.errors import QhubError, Unsupported
+from qhub.weights import WeightFiles
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_tensor(files: WeightFiles, name: str) -> torch.Tensor:
+    """Tensor `name` on the CPU in its stored dtype; the memory belongs to the caller."""
+    info = files[name]
+    tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    if info.bytes:
+        data: np.ndarray[Any, Any] = tensor.reshape(-1).view(torch.uint8).numpy()
+        files.read_into(name, memoryview(data))
+    return tensor
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What a decoder block is called with besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Weights(Protocol):
+    """Where a skeleton's weights come from: float files, or a quantized folder that dequantizes as it reads."""
+
+    folder: Path
+
+    def __contains__(self, name: object) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def model_dtype(self) -> torch.dtype: ...
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class FloatWeights:
+    """The tensors of a float model folder as torch tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = WeightFiles.open(folder)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def model_dtype(self) -> torch.dtype:
+        """The dtype that most of the matrices are stored in."""
+        return stored_dtype(self.files)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` as stored."""
+        return read_tensor(self.files, name)
+
+
+class Skeleton:
+    """An empty causal language model and the files its weights come from.
+
+    `dtype` is what forward passes compute in, `model_dtype` what the files hold.
+    """
+
+    def __init__(
+        self, weights: Weights, *, dtype: torch.dtype | None = None, device: str = "cpu", trust_remote_code: bool = False
+    ) -> None:
+        self.folder = folder = weights.folder
+        self.files = weights
+        self.device = torch.device(device)
+        self.config = _config(folder, trust_remote_code=trust_remote_code)
+        self.model_dtype = weights.model_dtype()
+        self.dtype = dtype or self.model_dtype
+        self.model = _empty_model(self.config, self.dtype, trust_remote_code=trust_remote_code)
+        self.blocks_name, self._blocks = _decoder_blocks(self.model)
+        self.block_names = tuple(f"{self.blocks_name}.{index}" for index in range(len(self._blocks)))
+        self._prefix = getattr(self.model, "base_model_prefix", "")
+        self._returns_tuple = False
+        self._outer_loaded: set[bool] = set()
+
+    def stored_name(self, name: str) -> str:
+        """The name in the files of parameter `name` (with or without the base model's prefix).
+
+        :raises QhubError: when the files do not hold it.
+        """
+        for candidate in (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")):
+            if candidate in self.files:
+                return candidate
+        message = f"`{self.folder}` has no tensor `{name}`, which `{type(self.model).__name__}` needs"
+        raise QhubError(message, hint="check that config.json belongs to these weights")
+
+    def tensors_of(self, index: int) -> list[str]:
+        """Names in the files of all tensors of block `index`."""
+        name = self.block_names[index]
+        prefixes = tuple(f"{prefix}." for prefix in {name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")})
+        return [stored for stored in self.files if stored.startswith(prefixes)]
+
+    def inside(self, stored: str, index: int) -> str:
+        """The name within block `index` of the stored tensor `stored`."""
+        return stored.removeprefix(f"{self._prefix}.").removeprefix(f"{self.block_names[index].removeprefix(f'{self._prefix}.')}.")
+
+    def empty_block(self, index: int) -> nn.Module:
+        """Block `index` without weights."""
+        return self._blocks[index]
+
+    def outer_tensors(self) -> list[str]:
+        """Names in the files of everything that belongs to no block (embeddings, final norm, head)."""
+        inside = {name for index in range(len(self.block_names)) for name in self.tensors_of(index)}
+        return [name for name in self.files if name not in inside]
+
+    @contextmanager
+    def block(self, index: int, *, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+        """Block `index` with its weights in memory (`dtype`, else the forward dtype); they go when the context ends."""
+        module = self._blocks[index]
+        try:
+            self._fill(module, self.block_names[index], dtype or self.dtype)
+            yield module
+        finally:
+            _drop(module)
+
+    def _fill(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
+        for owner_name, owner in module.named_modules():
+            for key, parameter in list(owner.named_parameters(recurse=False)):
+                full = ".".join(part for part in (name, owner_name, key) if part)
+                self._set(owner, key, parameter, self.stored_name(full), dtype)
+
+    def _set(self, owner: nn.Module, key: str, parameter: nn.Parameter, stored: str, dtype: torch.dtype) -> None:
+        tensor = self.files.read(stored)
+        if tensor.shape != parameter.shape:
+            message = f"tensor `{stored}` has shape {list(tensor.shape)}; the config asks for {list(parameter.shape)}"
+            raise QhubError(message, hint="check that config.json belongs to these weights")
+        if not tensor.is_floating_point():
+            raise Unsupported(f"tensor `{stored}` holds integers", hint="this model is already quantized: start from the float model")
+        tensor = tensor.to(device=self.device, dtype=dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            message = f"tensor `{stored}` contains NaN or infinite numbers"
+            raise QhubError(message, hint="the file is damaged or the training diverged: get the weights again")
+        owner._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+
+    def _load_outer(self, *, head: bool) -> None:
+        """Load what lies outside the blocks, once: the base model's part, or the head's; it stays."""
+        if head in self._outer_loaded:
+            return
+        output, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        tied = output is not None and bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+        base = set(self.model.base_model.modules())
+        for name, owner in self.model.named_modules():
+            if name.startswith(f"{self.blocks_name}.") or (owner in base) == head:
+                continue
+            for key, parameter in list(owner.named_parameters(recurse=False)):
+                if not (tied and owner is output and key == "weight"):
+                    self._set(owner, key, parameter, self.stored_name(f"{name}.{key}"), self.dtype)
+        if head and tied:
+            output.weight = embedding.weight
+        self._outer_loaded.add(head)
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
+        """ids (B, T) → the hidden states that enter block 0, (B, T, H), and how each block is called."""
+        self._load_outer(head=False)
+        stand_ins = [_StandIn(block, returns_tuple=self._returns_tuple) for block in self._blocks]
+        with self._replaced(stand_ins):
+            self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        return stand_ins[0].hidden, [BlockCall(stand_in.args, stand_in.kwargs) for stand_in in stand_ins]
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head on the hidden states after the last block: (B, T, H) → (B, T, V) float32."""
+        self._load_outer(head=False)
+        self._load_outer(head=True)
+        stand_ins = [_StandIn(block, returns_tuple=self._returns_tuple, output=hidden) for block in self._blocks]
+        with self._replaced(stand_ins):
+            output = self.model(input_ids=ids.to(self.device), use_cache=False)
+        result: torch.Tensor = output.logits.float()
+        return result
+
+    @torch.no_grad()
+    def learn_output_form(self, ids: torch.Tensor) -> None:
+        """Find out whether this architecture's blocks return a tuple, by running block 0 once on `ids` (1, T)."""
+        hidden, calls = self.embed(ids[:1, :8])
+        with self.block(0) as module:
+            self._returns_tuple = isinstance(module(hidden, *calls[0].args, **calls[0].kwargs), tuple)
+
+    @contextmanager
+    def _replaced(self, stand_ins: list[_StandIn]) -> Iterator[None]:
+        for index, stand_in in enumerate(stand_ins):
+            self._blocks[index] = stand_in
+        try:
+            yield
+        finally:
+            for index, stand_in in enumerate(stand_ins):
+                self._blocks[index] = stand_in.block
+
+
+class _StandIn(nn.Module):
+    """Stands where a block stood: records how it is called and passes hidden states on."""
+
+    def __init__(self, block: nn.Module, *, returns_tuple: bool, output: torch.Tensor | None = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not a submodule: its weights stay out of this module
+        self.returns_tuple = returns_tuple
+        self.output = output
+        self.hidden = torch.empty(0)
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the model asks of its block
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:  # noqa: ANN401
+        self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
+        output = hidden_states if self.output is None else self.output
+        return (output,) if self.returns_tuple else output
+
+
+def run_block(module: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
+    """One block's forward pass: (B, T, H) → (B, T, H)."""
+    output = module(hidden, *call.args, **call.kwargs)
+    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def _drop(module: nn.Module) -> None:
+    for owner in module.modules():
+        for key, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                owner._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+def _config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers config
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = "a model with code of its own needs `--trust-remote-code`" if "remote_code" in str(error) else "check `config.json`"
+        raise QhubError(f"transformers cannot read `{path}` ({first})", hint=hint) from None
+
+
+def _empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers model
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+        message = f"`{architecture}` is not a causal language model that transformers knows"
+        raise Unsupported(message, hint="weight quantizers take decoder-only language models") from error
+    return model.eval()
+
+
+def _decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:  # noqa: ANN401 - a transformers model
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    message = f"found no list of `{count}` decoder blocks in `{type(model).__name__}`"
+    raise Unsupported(message, hint="weight quantizers take decoder-only language models")
+
+
+def stored_dtype(files: WeightFiles) -> torch.dtype:
+    """The float dtype that holds most of a model's matrices.
+
+    :raises Unsupported: when the model holds no float matrices.
+    """
+    sizes: dict[str, int] = {}
+    for info in files.values():
+        if len(info.shape) == 2:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.bytes
+    floats = {dtype: size for dtype, size in sizes.items() if dtype in ("F16", "BF16", "F32")}
+    if not floats:
+        raise Unsupported("the model holds no float weights", hint="start from the float model")
+    return TORCH_DTYPES[max(floats, key=lambda dtype: floats[dtype])]
