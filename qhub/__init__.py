@@ -22,6 +22,7 @@ _HOMES = {
     "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
     "qhub.quantize.grid": ("Grid", "minmax_grid", "on_grid", "quantize_rtn", "search_grid"),
     "qhub.quantize.linalg": ("compensate", "output_loss", "upper_factor"),
+    "qhub.quantize.store": ("QuantizedWeights", "folder_digest"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from qhub.quantize.grid import Grid, minmax_grid, on_grid, quantize_rtn, search_grid
     from qhub.quantize.linalg import compensate, output_loss, upper_factor
     from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
+    from qhub.quantize.store import QuantizedWeights, folder_digest
     from qhub.types import (
         Artifact,
         Estimates,

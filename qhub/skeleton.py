@@ -25,6 +25,8 @@ TORCH_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
+TOKENS_AT_ONCE = 2048  # tokens per forward pass
+
 
 def read_tensor(files: WeightFiles, name: str) -> torch.Tensor:
     """Tensor `name` on the CPU in its stored dtype; the memory belongs to the caller."""
@@ -242,6 +244,26 @@ def run_block(module: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch
     output = module(hidden, *call.args, **call.kwargs)
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result
+
+
+def forward_dtype(model_dtype: torch.dtype, hidden_size: int, device: str) -> torch.dtype:
+    """What forward passes compute in: bf16 where the processor multiplies it natively and the model is large, else float32.
+
+    Below a hidden size of 1024 float32 costs little and keeps statistics exact.
+    """
+    if model_dtype == torch.float32 or hidden_size < 1024:
+        return torch.float32
+    if device != "cpu":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def batch_size(samples: int, seq_len: int) -> int:
+    """Samples per forward pass: the largest divisor of `samples` that keeps a batch within `TOKENS_AT_ONCE` tokens."""
+    fitting = max(1, TOKENS_AT_ONCE // seq_len)
+    return max(size for size in range(1, fitting + 1) if samples % size == 0)
 
 
 def _drop(module: nn.Module) -> None:

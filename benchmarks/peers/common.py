@@ -92,7 +92,7 @@ def parse_job(description: str, methods: list[str], variants: list[str]) -> Job:
 
 
 def result_stream() -> TextIO:
-    """The real stdout, for the result line; from here on whatever a tool prints goes to stderr."""
+    """The real stdout, for the result line; from here on whatever is printed goes to stderr."""
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.stdout = sys.stderr

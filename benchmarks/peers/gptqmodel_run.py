@@ -6,10 +6,14 @@ GPTQ's default here is the tool's own: `act_group_aware`, no `desc_act`, minimum
 Variants of GPTQ: `mse` searches the range (the tool's `mse=2.4`), `desc-act` orders single inputs by importance
 (its result needs a `g_idx` at run time), `desc-act-mse` does both.
 """
+# ruff: noqa: E402, I001 - what the tool reads, and the stdout it prints to, is set before it is imported
 
 import os
 
-# GPTQModel wants at least two workers and takes half of the cores; it reads this when it is imported.
+from common import result_stream
+
+RESULTS = result_stream()
+# It needs at least two workers, but by itself takes half of the cores and fails where there are two.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))
 
 from importlib.metadata import version
@@ -17,7 +21,7 @@ from pathlib import Path
 
 import torch
 from common import MODEL_DTYPES, Job, Result, empty_folder, largest_difference, parse_job, print_result
-from common import read_folder, result_stream, write_float_folder
+from common import read_folder, write_float_folder
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization import FORMAT, METHOD
@@ -82,7 +86,7 @@ def export_dequantized(job: Job, out: Path) -> dict[str, float]:
 def main() -> None:
     """Read the arguments, do the job, print the result."""
     job = parse_job(__doc__, ["gptq", "awq"], list(VARIANTS))
-    stream, result = result_stream(), Result()
+    result = Result()
     with result.stage("load"):
         model = GPTQModel.load(str(job.model), configuration(job), dtype=MODEL_DTYPES[job.dtype])
     with result.stage("quantize"):
@@ -93,7 +97,7 @@ def main() -> None:
     if job.dequantized is not None:
         del model
         result.facts |= export_dequantized(job, job.dequantized)
-    print_result(stream, ("gptqmodel", version("gptqmodel")), job, result)
+    print_result(RESULTS, ("gptqmodel", version("gptqmodel")), job, result)
 
 
 if __name__ == "__main__":

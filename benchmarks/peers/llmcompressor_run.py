@@ -6,6 +6,11 @@ Variants: `mse` and `imatrix` choose the weight range by searching (the default 
 for AWQ also `duo-both`, which searches with and without duo scaling.
 GPTQ's activation order is the tool's default, "static": by importance, groups fixed, no `g_idx`.
 """
+# ruff: noqa: E402, I001 - stdout is taken before the tool is imported, since that prints already
+
+from common import result_stream
+
+RESULTS = result_stream()
 
 import json
 from importlib.metadata import version
@@ -14,7 +19,7 @@ from typing import Any
 
 import torch
 from common import MODEL_DTYPES, Job, Result, empty_folder, largest_difference, parse_job, print_result
-from common import read_folder, result_stream, write_float_folder
+from common import read_folder, write_float_folder
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from datasets import Dataset
@@ -23,6 +28,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.awq.mappings import AWQMapping, default_mappings
 from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,8 +52,19 @@ def recipe(job: Job) -> list[Modifier]:
     }
     if job.method == "gptq":
         return [GPTQModifier(**target)]
-    scaling = AWQModifier(duo_scaling="both" if job.variant == "duo-both" else True)
+    scaling = AWQModifier(mappings=awq_mappings(job), duo_scaling="both" if job.variant == "duo-both" else True)
     return [scaling, QuantizationModifier(**target)]
+
+
+def awq_mappings(job: Job) -> list[AWQMapping] | None:
+    """None for the tool's own choice; where layers are ignored, a Llama's mappings without theirs (else it fails)."""
+    if not job.ignore:
+        return None
+    return [
+        mapping
+        for mapping in default_mappings
+        if not any(part in layer for part in job.ignore for layer in mapping.balance_layers)
+    ]
 
 
 def quantize(model: torch.nn.Module, job: Job) -> None:
@@ -95,7 +112,7 @@ def export_dequantized(job: Job, out: Path) -> dict[str, float]:
 def main() -> None:
     """Read the arguments, do the job, print the result."""
     job = parse_job(__doc__, ["gptq", "awq"], [*OBSERVERS, "duo-both"])
-    stream, result = result_stream(), Result()
+    result = Result()
     allow_cpu()
     with result.stage("load"):
         model = AutoModelForCausalLM.from_pretrained(job.model, dtype=MODEL_DTYPES[job.dtype])
@@ -108,7 +125,7 @@ def main() -> None:
     if job.dequantized is not None:
         del model
         result.facts |= export_dequantized(job, job.dequantized)
-    print_result(stream, ("llm-compressor", version("llmcompressor")), job, result)
+    print_result(RESULTS, ("llm-compressor", version("llmcompressor")), job, result)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import nn
 from qhub.quantize.calibrate import InputStatistics
 from qhub.quantize.observe import LayerGroup, Producer, get_weight, set_weight
 from qhub.quantize.qtensor import QTensor
-from qhub.quantize.spool import Spool
+from qhub.spool import Spool
 from qhub.skeleton import BlockCall, run_block
 from qhub.types import Scheme
 

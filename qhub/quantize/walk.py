@@ -23,12 +23,10 @@ from qhub.events import Events, Progress, rss_bytes
 from qhub.interfaces import Quantizer
 from qhub.quantize.block import LayerChoice, LiveBlock
 from qhub.quantize.observe import PROBE_TOKENS, LayerGroup, each_matrix, observe
-from qhub.quantize.spool import Spool
+from qhub.spool import Spool
 from qhub.quantize.store import layer_tensors, shard_name, write_json, write_shard
-from qhub.skeleton import BlockCall, FloatWeights, Skeleton, run_block
+from qhub.skeleton import BlockCall, FloatWeights, Skeleton, batch_size, forward_dtype, run_block
 from qhub.types import Scheme
-
-TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -62,20 +60,6 @@ class WalkResult:
         self.ignored.extend(note["ignored"])
         self.notes.update(note["notes"])
         self.errors.append(note["error"])
-
-
-def forward_dtype(model_dtype: torch.dtype, hidden_size: int, device: str) -> torch.dtype:
-    """What forward passes compute in: bf16 where the processor multiplies it natively and the model is large, else float32.
-
-    Below a hidden size of 1024 float32 costs little and keeps statistics exact.
-    """
-    if model_dtype == torch.float32 or hidden_size < 1024:
-        return torch.float32
-    if device != "cpu":
-        return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
 
 
 def walk(plan: WalkPlan, events: Events) -> WalkResult:
@@ -273,12 +257,6 @@ class _Walk:
         if bound is not None and rss_bytes() > bound:
             message = f"memory `{rss_bytes() / 1e9:.2f}` GB went over the bound of {bound / 1e9:.2f} GB after block {index + 1}"
             raise QhubError(message, hint="go on with `--resume` and a larger `--max-memory`, or with fewer `--samples`")
-
-
-def batch_size(samples: int, seq_len: int) -> int:
-    """Samples per forward pass: the largest divisor of `samples` that keeps a batch within `TOKENS_AT_ONCE` tokens."""
-    fitting = max(1, TOKENS_AT_ONCE // seq_len)
-    return max(size for size in range(1, fitting + 1) if samples % size == 0)
 
 
 def _matrix_names(model: nn.Module, blocks_name: str) -> list[str]:

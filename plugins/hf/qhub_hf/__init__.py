@@ -1,0 +1,1 @@
+"""Hugging Face: the compressed-tensors layout for transformers and vLLM, and transformers as a runtime."""

@@ -1,0 +1,116 @@
+"""Turns what the stages left behind into the Report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qhub.prove.report import (
+    ArtifactResult,
+    BaselineResult,
+    Fallback,
+    FloatResult,
+    Parity,
+    QuantizedResult,
+    Report,
+    StageResult,
+    TargetsResult,
+)
+from qhub.quantize.store import QuantizedWeights
+from qhub.types import Recipe
+from qhub.weights import WeightFiles
+
+
+def assemble(
+    recipe: Recipe, recipe_digest: str, quantized: Path, found: Mapping[str, Any], events: Sequence[Mapping[str, Any]], host: str
+) -> Report:
+    """The report of a run; `found` has what the stages export, verify and evaluate wrote."""
+    weights = QuantizedWeights(quantized)
+    measured = found["evaluation"]
+    drop = drop_pct(measured["float"]["accuracy"], measured["quantized"]["accuracy"])
+    result = QuantizedResult(bytes=_file_bytes(quantized), bits_per_weight=bits_per_weight(weights), drop_pct=drop, **measured["quantized"])
+    artifacts = tuple(_artifact(item, found["parity"]) for item in found["artifacts"])
+    return Report(
+        recipe_digest=recipe_digest,
+        model=recipe.model,
+        target=recipe.target,
+        host=host,
+        method=recipe.method,
+        scheme=recipe.scheme,
+        metric="next_token_accuracy",
+        float_model=FloatResult(
+            bytes=_file_bytes(Path(recipe.model_path)),
+            accuracy=measured["float"]["accuracy"],
+            perplexity=measured["float"]["perplexity"],
+        ),
+        quantized=result,
+        baseline=_baseline(measured, result),
+        targets=TargetsResult(recipe.goals.max_drop_pct, met=drop <= recipe.goals.max_drop_pct),
+        artifacts=artifacts,
+        stages=_stages(events),
+        bytes_by_class=weights.bytes_by_class(),
+        fallbacks=tuple(Fallback(layer, reason) for layer, reason in sorted(weights.metadata["notes"].items())),
+        warnings=tuple(dict.fromkeys(str(event["text"]) for event in events if event["event"] == "warning")),
+        checked=_checked(recipe, artifacts),
+        not_checked=_not_checked(recipe, artifacts),
+    )
+
+
+def drop_pct(before: float, after: float) -> float:
+    """Accuracy drop in percent of the float model's accuracy (docs/metrics.md)."""
+    return 100.0 * (before - after) / before if before > 0 else 0.0
+
+
+def bits_per_weight(weights: QuantizedWeights) -> float:
+    """Stored bits per quantized weight, scales and zeros included."""
+    sizes = weights.bytes_by_class()
+    count = 0
+    for name, scheme in weights.schemes.items():
+        info = weights.files[f"{name}.weight_packed"]
+        count += info.bytes * 8 // scheme.weight_bits
+    return 8 * (sizes["codes"] + sizes["scales_and_zeros"]) / max(count, 1)
+
+
+def _baseline(measured: Mapping[str, Any], result: QuantizedResult) -> BaselineResult | None:
+    if "baseline" not in measured:
+        return None
+    drop = drop_pct(measured["float"]["accuracy"], measured["baseline"]["accuracy"])
+    return BaselineResult(
+        method="rtn", bytes=result.bytes, bits_per_weight=result.bits_per_weight, drop_pct=drop, **measured["baseline"]
+    )
+
+
+def _artifact(item: Mapping[str, Any], parity: Mapping[str, Any]) -> ArtifactResult:
+    check = parity.get(item["path"], {"checked": False})
+    return ArtifactResult(item["format"], item["path"], item["bytes"], item["sha256"], Parity(**check))
+
+
+def _stages(events: Sequence[Mapping[str, Any]]) -> tuple[StageResult, ...]:
+    """One row per stage; the seconds of several attempts (an interrupted run, resumed) add up."""
+    rows: dict[str, StageResult] = {}
+    for event in events:
+        if event["event"] == "stage" and event["state"] == "end":
+            before = rows.get(event["name"])
+            seconds = event["seconds"] + (before.seconds if before else 0.0)
+            rows[event["name"]] = StageResult(event["name"], seconds, event["peak_rss_bytes"])
+    return tuple(rows.values())
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in WeightFiles.open(folder).files())
+
+
+def _checked(recipe: Recipe, artifacts: Sequence[ArtifactResult]) -> tuple[str, ...]:
+    rows = []
+    if recipe.evaluation is not None:
+        windows, length = recipe.evaluation.samples, recipe.evaluation.seq_len
+        rows.append(f"accuracy on {windows} windows of {length} tokens, stride {length - 1}, each beginning with the start token")
+    return (*rows, *(f"{item.format}: {item.parity.how}" for item in artifacts if item.parity.checked))
+
+
+def _not_checked(recipe: Recipe, artifacts: Sequence[ArtifactResult]) -> tuple[str, ...]:
+    rows = [f"{item.format}: {item.parity.how}" for item in artifacts if not item.parity.checked]
+    if recipe.target != "host":
+        rows.append(f"nothing ran on `{recipe.target}` itself: figures are from this machine")
+    return tuple(rows)

@@ -1,0 +1,59 @@
+"""Does the artifact compute what the QuantizedModel says: the same codes, and the same logits as qhub's own reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qhub.quantize.store import METADATA, QuantizedWeights
+from qhub.skeleton import Skeleton, run_block
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qhub.interfaces import Runtime
+
+
+@torch.no_grad()
+def reference_logits(quantized: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, V) float32 of the float model's code on dequantized weights, computed in the model's own dtype."""
+    skeleton = Skeleton(QuantizedWeights(quantized))
+    skeleton.learn_output_form(ids)
+    hidden, calls = skeleton.embed(ids)
+    for index in range(len(skeleton.block_names)):
+        with skeleton.block(index) as module:
+            hidden = run_block(module, hidden, calls[index])
+    return skeleton.logits(ids, hidden)
+
+
+def compare_logits(quantized: Path, artifact: Path, runtime: Runtime, ids: NDArray[np.int64]) -> dict[str, Any]:
+    """Open `artifact` in `runtime` and compare its logits on ids (B, T) with the reference; compare codes where they can be read."""
+    expected = reference_logits(quantized, torch.from_numpy(ids))
+    session = runtime.open(artifact)
+    try:
+        found = torch.from_numpy(session.logits(ids))
+    finally:
+        session.close()
+    return {
+        "checked": True,
+        "max_abs_diff": float((found - expected).abs().max()),
+        "codes_identical": _codes_identical(quantized, artifact),
+        "how": f"opened with `{runtime.name}`; logits of {ids.size} tokens against qhub's reference; codes read back from the file",
+    }
+
+
+def _codes_identical(quantized: Path, artifact: Path) -> bool | None:
+    """Whether all codes, scales and zeros in the artifact equal the QuantizedModel's; None for formats that are read elsewhere."""
+    if not (artifact / METADATA).exists():
+        return None
+    ours, theirs = QuantizedWeights(quantized), QuantizedWeights(artifact)
+    return ours.schemes == theirs.schemes and all(_same_layer(ours, theirs, name) for name in ours.schemes)
+
+
+def _same_layer(ours: QuantizedWeights, theirs: QuantizedWeights, name: str) -> bool:
+    one, other = ours.layer(name), theirs.layer(name)
+    pairs = ((one.codes, other.codes), (one.scale, other.scale), (one.zero, other.zero))
+    return all(torch.equal(left, right) for left, right in pairs)

@@ -1,0 +1,228 @@
+"""The stages of a run, each a function from files to files: `python -m qhub.stage NAME RUN_DIR` runs one by itself.
+
+quantize: recipe.yaml → quantized/ · export: quantized/ → artifact/, work/artifacts.json · verify: artifact/ →
+work/parity.json · evaluate: quantized/ → work/evaluation.json · report: all of these → report.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qhub.errors import PluginError, QhubError, UsageError
+from qhub.events import Events
+from qhub.interfaces import Exporter, Quantizer
+from qhub.plugins import Plugins, suggest
+from qhub.route.recipe import FLOAT, digest, from_yaml
+from qhub.rundir import RunDir
+from qhub.types import Calibration, Recipe, Scheme, as_json
+
+Stage = Callable[[RunDir, Recipe, Plugins, Events], None]
+
+
+def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
+    """Walk over the model's blocks; `quantized/` appears when all of it is there."""
+    import torch
+
+    from qhub.quantize.store import finish
+    from qhub.quantize.walk import WalkPlan, clean, walk
+
+    quantizer = _quantizer(recipe, plugins)
+    source = Path(recipe.model_path)
+    run.partial.mkdir(exist_ok=True)
+    run.work.mkdir(exist_ok=True)
+    ids = torch.from_numpy(_windows(recipe, recipe.calibration)) if quantizer.needs and recipe.calibration else None
+    plan = WalkPlan(
+        source=source,
+        out=run.partial,
+        work=run.work,
+        quantizer=quantizer,
+        choice=_choice(recipe),
+        ids=ids,
+        device=run.settings.device,
+        hidden_limit_bytes=hidden_limit_bytes(run.settings.max_memory_bytes),
+        max_memory_bytes=run.settings.max_memory_bytes,
+        trust_remote_code=run.settings.trust_remote_code,
+    )
+    result = walk(plan, events)
+    if not result.schemes:
+        raise QhubError("no layer was quantized: every one is kept in float", hint="check the overrides of the recipe")
+    metadata = {
+        "method": recipe.method,
+        "scheme": recipe.scheme,
+        "recipe_digest": digest(recipe),
+        "layers": {name: str(scheme) for name, scheme in result.schemes.items()},
+        "notes": result.notes,
+        "block_errors": result.errors,
+    }
+    finish(run.partial, source, result.schemes, result.ignored, metadata)
+    run.partial.rename(run.quantized)
+    clean(run.work)
+
+
+def export(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
+    """Let the exporter write the artifact; without an exporter the QuantizedModel is the result."""
+    from qhub.quantize.store import open_model
+
+    written = []
+    if recipe.exporter is not None:
+        exporter: Exporter = _component(plugins.exporters, recipe.exporter, "exporter")
+        out = run.artifacts / exporter.format
+        shutil.rmtree(out, ignore_errors=True)
+        partial = out.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        artifact = as_json(exporter.export(open_model(run.quantized), partial, recipe))
+        partial.rename(out)
+        written.append({**artifact, "path": str(out.relative_to(run.path))})
+    run.write("work/artifacts.json", written)
+
+
+def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
+    """Open each artifact in its runtime and compare it with the QuantizedModel."""
+    from qhub.prove.parity import compare_logits
+
+    checks: dict[str, Any] = {}
+    for artifact in run.read("work/artifacts.json"):
+        runtime = plugins.runtimes.get(recipe.runtime or "") or _any_runtime(plugins, artifact["format"])
+        if runtime is None:
+            checks[artifact["path"]] = {"checked": False, "how": "no runtime for this format is installed here"}
+            continue
+        ids = _windows(recipe, recipe.evaluation or recipe.calibration, samples=1, seq_len=64)
+        checks[artifact["path"]] = compare_logits(run.quantized, run.path / artifact["path"], runtime, ids)
+    run.write("work/parity.json", checks)
+
+
+def evaluate(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
+    """Measure the float model, plain rounding and the chosen method on the same windows."""
+    import torch
+
+    from qhub.prove.evaluate import Evaluation, Setting
+    from qhub.quantize.baseline import RoundedWeights
+    from qhub.quantize.store import QuantizedWeights
+    from qhub.skeleton import FloatWeights
+
+    if recipe.evaluation is None:
+        raise QhubError("the recipe names no evaluation data", hint="give a text with `--eval`")
+    ids = torch.from_numpy(_windows(recipe, recipe.evaluation))
+    limit = hidden_limit_bytes(run.settings.max_memory_bytes)
+    setting = Setting(run.work, run.settings.device, limit, run.settings.trust_remote_code)
+    source, quantized = Path(recipe.model_path), QuantizedWeights(run.quantized)
+    evaluation = Evaluation(FloatWeights(source), ids, setting, events)
+    found = {"float": evaluation.float_figures(), "quantized": evaluation.compare(quantized, "quantized")}
+    if recipe.method != "rtn":
+        baseline = RoundedWeights(source, quantized.schemes, frozenset(quantized.metadata.get("transposed", ())))
+        found["baseline"] = evaluation.compare(baseline, "rtn")
+    run.write("work/evaluation.json", as_json(found))
+
+
+def report(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
+    """Put together what the stages found."""
+    from qhub.prove.assemble import assemble
+    from qhub.prove.render import to_html
+
+    log = [json.loads(line) for line in run.events.read_text(encoding="utf-8").splitlines()] if run.events.exists() else []
+    found = assemble(
+        recipe,
+        digest(recipe),
+        run.quantized,
+        {name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation")},
+        log,
+        platform.node(),
+    )
+    found.save(run.path)
+    html = run.path / "report.html.partial"
+    html.write_text(to_html(found), encoding="utf-8")
+    html.rename(run.path / "report.html")
+
+
+STAGES: Mapping[str, Stage] = {"quantize": quantize, "export": export, "verify": verify, "evaluate": evaluate, "report": report}
+
+
+def hidden_limit_bytes(max_memory_bytes: int | None) -> int:
+    """How much of the memory hidden states may take before they go to disk: a quarter of the bound, else 2 GiB."""
+    return 2 << 30 if max_memory_bytes is None else max_memory_bytes // 4
+
+
+def _quantizer(recipe: Recipe, plugins: Plugins) -> Quantizer:
+    from qhub.quantize.compose import compose
+
+    parts = []
+    for name in recipe.method.split("+"):
+        found = _component(plugins.quantizers, name, "quantizer")
+        parts.append(type(found)(**recipe.options.get(name, {})))
+    return compose(parts)
+
+
+def _component(components: Mapping[str, Any], name: str, kind: str) -> Any:  # noqa: ANN401 - a component
+    if name not in components:
+        raise UsageError(f"unknown {kind} `{name}`", hint=suggest(name, components))
+    return components[name]
+
+
+def _any_runtime(plugins: Plugins, written_format: str) -> Any:  # noqa: ANN401 - a runtime or None
+    return next((runtime for runtime in plugins.runtimes.values() if written_format in runtime.formats), None)
+
+
+def _choice(recipe: Recipe) -> Any:  # noqa: ANN401 - a LayerChoice
+    from qhub.quantize.block import LayerChoice
+
+    overrides = {pattern: None if text == FLOAT else Scheme.parse(text) for pattern, text in recipe.overrides.items()}
+    return LayerChoice(Scheme.parse(recipe.scheme), overrides)
+
+
+def _windows(recipe: Recipe, data: Calibration | None, *, samples: int | None = None, seq_len: int | None = None) -> Any:  # noqa: ANN401
+    from qhub.tokens import load_tokenizer, read_windows
+
+    if data is None:
+        raise QhubError("the recipe names no data", hint="give a text with `--calib` and `--eval`")
+    tokenizer = load_tokenizer(Path(recipe.model_path))
+    seed = recipe.seed if data is recipe.calibration and recipe.seed else None
+    return read_windows(tokenizer, Path(data.data), samples or data.samples, seq_len or data.seq_len, seed=seed).ids
+
+
+def execute(name: str, run: RunDir, plugins: Plugins, events: Events) -> RunDir:
+    """Run stage `name` from the files in `run`; returns the run with it done.
+
+    :raises PluginError: when a plugin's own code failed, naming the method.
+    """
+    recipe = from_yaml(run.recipe.read_text(encoding="utf-8"))
+    run.work.mkdir(exist_ok=True)
+    with events.stage(name):
+        try:
+            STAGES[name](run, recipe, plugins, events)
+        except (QhubError, OSError, MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if os.environ.get("QHUB_TRACEBACK"):
+                raise
+            text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            who = recipe.exporter if name in ("export", "verify") else recipe.method
+            message = f"stage `{name}` failed in `{who}`: {type(error).__name__}: {text}"
+            raise PluginError(message, hint="run it again with `QHUB_TRACEBACK=1` set and report what it prints") from error
+    return run.finished(name)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m qhub.stage NAME RUN_DIR`: run one stage, with progress as JSON lines on stdout."""
+    if len(arguments) != 2 or arguments[0] not in STAGES:
+        print(f"usage: python -m qhub.stage {{{','.join(STAGES)}}} RUN_DIR", file=sys.stderr)
+        return 2
+    run = RunDir.open(Path(arguments[1]))
+    events = Events(run.events, lambda event: print(json.dumps(event), flush=True))
+    try:
+        execute(arguments[0], run, Plugins.load(), events)
+    except QhubError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return int(error.exit_code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
