@@ -7,13 +7,12 @@ block is called with is recorded by letting the model call stand-ins. No archite
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -33,8 +32,7 @@ def read_tensor(files: WeightFiles, name: str) -> torch.Tensor:
     info = files[name]
     tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
     if info.bytes:
-        data: np.ndarray[Any, Any] = tensor.reshape(-1).view(torch.uint8).numpy()
-        files.read_into(name, memoryview(data))
+        files.read_into(name, tensor.reshape(-1).view(torch.uint8).numpy().data)
     return tensor
 
 
@@ -85,9 +83,7 @@ class Skeleton:
     `dtype` is what forward passes compute in, `model_dtype` what the files hold.
     """
 
-    def __init__(
-        self, weights: Weights, *, dtype: torch.dtype | None = None, device: str = "cpu", trust_remote_code: bool = False
-    ) -> None:
+    def __init__(self, weights: Weights, *, dtype: torch.dtype | None = None, device: str = "cpu", trust_remote_code: bool = False) -> None:
         self.folder = folder = weights.folder
         self.files = weights
         self.device = torch.device(device)
@@ -98,17 +94,18 @@ class Skeleton:
         self.blocks_name, self._blocks = _decoder_blocks(self.model)
         self.block_names = tuple(f"{self.blocks_name}.{index}" for index in range(len(self._blocks)))
         self._prefix = getattr(self.model, "base_model_prefix", "")
+        self._renamed = _renamed(self.model, weights)
         self._returns_tuple = False
         self._outer_loaded: set[bool] = set()
 
     def stored_name(self, name: str) -> str:
-        """The name in the files of parameter `name` (with or without the base model's prefix).
+        """The name in the files of parameter `name` (with or without the base model's prefix, or as transformers renames it).
 
         :raises QhubError: when the files do not hold it.
         """
-        for candidate in (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")):
+        for candidate in (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}."), self._renamed.get(name)):
             if candidate in self.files:
-                return candidate
+                return str(candidate)
         message = f"`{self.folder}` has no tensor `{name}`, which `{type(self.model).__name__}` needs"
         raise QhubError(message, hint="check that config.json belongs to these weights")
 
@@ -278,7 +275,7 @@ def _config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - 
 
     path = folder / "config.json"
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        json.loads(path.read_text(encoding="utf-8"))  # says more clearly than transformers what is wrong with the file
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -298,6 +295,23 @@ def _empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) ->
         message = f"`{architecture}` is not a causal language model that transformers knows"
         raise Unsupported(message, hint="weight quantizers take decoder-only language models") from error
     return model.eval()
+
+
+def _renamed(model: Any, names: Iterable[str]) -> dict[str, str]:  # noqa: ANN401 - a transformers model
+    """Parameter → its name in the files, where transformers renames as it loads (GPT-NeoX: `lm_head` is stored as `embed_out`)."""
+    try:
+        from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
+    except ImportError:  # an older transformers
+        return {}
+    found = {}
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    for stored in names:
+        name = stored
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        if name != stored:
+            found[name] = stored
+    return found
 
 
 def _decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:  # noqa: ANN401 - a transformers model

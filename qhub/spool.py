@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from qhub.errors import QhubError
@@ -39,7 +37,8 @@ class Spool:
         self[len(self)] = tensor
 
     def __setitem__(self, index: int, tensor: torch.Tensor) -> None:
-        if index in self._memory or self._memory_bytes + tensor.nbytes <= self.limit_bytes and index not in self._on_disk:
+        fits = self._memory_bytes + tensor.nbytes <= self.limit_bytes
+        if index in self._memory or (fits and index not in self._on_disk):
             self._memory_bytes += 0 if index in self._memory else tensor.nbytes
             self._memory[index] = tensor
             return
@@ -53,15 +52,13 @@ class Spool:
             return self._memory[index]
         offset, shape, dtype = self._on_disk[index]
         tensor = torch.empty(shape, dtype=dtype)
-        view = memoryview(_bytes_of(tensor))
-        done = 0
+        view, done = _bytes_of(tensor), 0
         while done < len(view):
             done += os.preadv(self._descriptor(), [view[done:]], offset + done)
         return tensor
 
     def _write(self, tensor: torch.Tensor, offset: int) -> None:
-        view = memoryview(_bytes_of(tensor.contiguous().cpu()))
-        done = 0
+        view, done = _bytes_of(tensor.contiguous().cpu()), 0
         while done < len(view):
             done += os.pwrite(self._descriptor(), view[done:], offset + done)
 
@@ -76,7 +73,9 @@ class Spool:
         partial = path.with_suffix(".partial")
         with partial.open("wb", buffering=0) as file:
             for tensor in self:
-                file.write(memoryview(_bytes_of(tensor.contiguous().cpu())))
+                view = _bytes_of(tensor.contiguous().cpu())
+                while view:  # a raw file may take less than it is given
+                    view = view[file.write(view) :]
             os.fsync(file.fileno())
         partial.rename(path)
 
@@ -91,7 +90,9 @@ class Spool:
         with path.open("rb", buffering=0) as file:
             for shape in shapes:
                 tensor = torch.empty(shape, dtype=dtype)
-                file.readinto(memoryview(_bytes_of(tensor)))
+                view = _bytes_of(tensor)
+                while view:
+                    view = view[file.readinto(view) :]
                 self.append(tensor)
 
     def close(self) -> None:
@@ -103,5 +104,5 @@ class Spool:
             self._file = None
 
 
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -60,6 +60,7 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
         "layers": {name: str(scheme) for name, scheme in result.schemes.items()},
         "notes": result.notes,
         "block_errors": result.errors,
+        "transposed": result.transposed,
     }
     finish(run.partial, source, result.schemes, result.ignored, metadata)
     run.partial.rename(run.quantized)

@@ -48,11 +48,13 @@ def read_windows(tokenizer: Any, path: Path, samples: int, seq_len: int, *, seed
     wanted = samples * room
     limit = None if seed is not None else wanted * _BYTES_PER_TOKEN
     tokens = _tokens(tokenizer, path, limit)
+    if limit is not None and len(tokens) < wanted:  # long runs of spaces can be one token
+        tokens = _tokens(tokenizer, path, None)
     count = len(tokens) // room
     if count < samples:
         message = f"`{path}` gives `{len(tokens)}` tokens; {samples} samples of {seq_len} need {wanted}"
-        hint = f"give about {max(2, -(-wanted // max(len(tokens), 1)))} times as much text, or use `--samples {max(count, 1)}`"
-        raise QhubError(message, hint=hint)
+        more = f"give about {max(2, -(-wanted // len(tokens)))} times as much text" if len(tokens) else "give a file with text"
+        raise QhubError(message, hint=f"{more}, or use `--samples {count}`" if count else more)
     chosen = range(samples) if seed is None else sorted(random.Random(seed).sample(range(count), samples))
     body = np.stack([tokens[index * room : (index + 1) * room] for index in chosen])
     if room < seq_len:
@@ -65,7 +67,8 @@ def _tokens(tokenizer: Any, path: Path, limit: int | None) -> NDArray[np.int64]:
     used = 0
     for document in documents(path):
         text = document if limit is None else document[: limit - used]
-        parts.append(np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64))
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose: "longer than the model's maximum"
+        parts.append(np.asarray(ids, dtype=np.int64))
         used += len(text)
         if limit is not None and used >= limit:
             break
@@ -91,12 +94,12 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
             except ValueError:
                 raise QhubError(f"line {number} of `{path}` is not JSON", hint="every line of a .jsonl file is one JSON value") from None
             yield _text_of(row, f"line {number} of `{path}`")
@@ -120,7 +123,8 @@ def _parquet(path: Path) -> Iterator[str]:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
         raise QhubError(f"`{path}` is not a parquet file ({str(error).splitlines()[0]})", hint="check how it was written") from None
-    columns = [name for name in _TEXT_FIELDS if name in file.schema_arrow.names]
+    strings = {field.name for field in file.schema_arrow if str(field.type) in ("string", "large_string", "string_view")}
+    columns = [name for name in _TEXT_FIELDS if name in strings]
     if not columns:
         raise QhubError(f"`{path}` has no text column", hint=f"name a string column {', '.join(_TEXT_FIELDS)}")
     for batch in file.iter_batches(columns=columns[:1]):

@@ -34,10 +34,17 @@ class RoundedWeights:
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name`, rounded to nearest and back if it is one of the layers."""
         tensor = self.weights.read(name)
-        layer = name.removesuffix(".weight")
-        scheme = self.schemes.get(layer)
-        if scheme is None or not name.endswith(".weight"):
+        layer = self._layer(name)
+        if layer is None:
             return tensor
+        scheme = self.schemes[layer]
         weight = tensor.t() if layer in self.transposed else tensor
         rounded = quantize_rtn(weight.float(), scheme, self.model_dtype()).dequantize(tensor.dtype)
         return rounded.t() if layer in self.transposed else rounded
+
+    def _layer(self, stored: str) -> str | None:
+        """The layer whose weight is called `stored` in the files, which may leave out the model's prefix (`transformer.`)."""
+        layer = stored.removesuffix(".weight")
+        if layer == stored:
+            return None
+        return next((name for name in self.schemes if name == layer or name.endswith(f".{layer}")), None)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from qhub.interfaces import Group
 from qhub.quantize.calibrate import InputStatistics
-from qhub.quantize.observe import LayerGroup, Producer, get_weight, set_weight
+from qhub.quantize.observe import LayerGroup, Producer, get_weight, is_transposed, set_weight
 from qhub.quantize.qtensor import QTensor
-from qhub.spool import Spool
 from qhub.skeleton import BlockCall, run_block
+from qhub.spool import Spool
 from qhub.types import Scheme
 
 SAMPLE_BATCHES = 4  # batches whose outputs judge an input scale
@@ -63,7 +64,7 @@ class LiveGroup:
     def tied(self, values: torch.Tensor) -> torch.Tensor:
         """values (K,) averaged (geometric mean) over input channels that one producer channel feeds."""
         producer = self.shape.producer
-        if producer is None or len(producer.rows.unique()) == len(producer.rows):
+        if producer is None or int(producer.rows.bincount().max()) == 1:
             return values
         rows = producer.rows.to(values.device)
         count = int(rows.max()) + 1
@@ -104,9 +105,14 @@ class LiveBlock:
         """The layers of a group that are to be quantized."""
         return tuple(name for name in shape.layers if self.choice.of(f"{self.name}.{name}") is not None)
 
-    def schemes(self, group: LiveGroup) -> Mapping[str, Scheme]:
+    def _live(self, group: Group) -> LiveGroup:
+        """`group` as this block knows it; a quantizer gets its groups from here."""
+        assert isinstance(group, LiveGroup)
+        return group
+
+    def schemes(self, group: Group) -> Mapping[str, Scheme]:
         """The scheme of each layer of `group`."""
-        pairs = ((name, self.choice.of(f"{self.name}.{name}")) for name in self.chosen(group.shape))
+        pairs = ((name, self.choice.of(f"{self.name}.{name}")) for name in self.chosen(self._live(group).shape))
         return {name: scheme for name, scheme in pairs if scheme is not None}
 
     def float_weight(self, name: str) -> torch.Tensor:
@@ -154,10 +160,8 @@ class LiveBlock:
         return inputs if group.input_scale is None else (inputs.float() / group.input_scale)
 
     def _run(self, hidden: torch.Tensor) -> None:
-        try:
+        with suppress(_Enough):
             run_block(self.module, hidden, self.call)
-        except _Enough:
-            pass
 
     def _watch(self, stack: ExitStack, shape: LayerGroup) -> None:
         """Keep what the group's container was called with and gave, to judge candidates by its output later."""
@@ -190,29 +194,30 @@ class LiveBlock:
                 module.weight = before[name]
         return total / max(count, 1)
 
-    def fold(self, group: LiveGroup, scale: torch.Tensor) -> bool:
+    def fold(self, group: Group, scale: torch.Tensor) -> bool:
         """Divide the group's input by `scale` (K,) in its producer and multiply the weights' columns by it.
 
         Where the producer is a norm, `scale` is first moved to the nearest one whose folded gain the stored dtype holds
         exactly, so that folding rounds nothing. Kept only if the block's output on the probe stays what it was.
         """
-        producer = group.shape.producer
+        live = self._live(group)
+        producer = live.shape.producer
         if producer is None or not bool(torch.isfinite(scale).all()) or float(scale.min()) <= 0:
             return False
-        undo = self._snapshot(group.shape, producer)
+        undo = self._snapshot(live.shape, producer)
         before = self._probe_output()
         if producer.module in {name for shape in self.shapes for name in shape.layers}:
             self._fold_linear(producer, scale)
         else:
             scale = self._fold_norm(producer, scale)
-        for name in group.shape.layers:
+        for name in live.shape.layers:
             self._replace(name, self.float_weight(name) * scale)
         if not _same(before, self._probe_output()):
             undo()
             self.note(group, "input scale not folded: the block's output would change")
             return False
-        group.input_scale = scale
-        group.stats.rescale(scale)
+        live.input_scale = scale if live.input_scale is None else live.input_scale * scale
+        live.stats.rescale(scale)
         return True
 
     def _snapshot(self, shape: LayerGroup, producer: Producer) -> Callable[[], None]:
@@ -271,21 +276,22 @@ class LiveBlock:
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in self.folded:
             weight = self.folded[layer]
-            return (weight if weight.shape == stored.shape else weight.t()).to(stored.dtype).contiguous()
+            weight = weight.t() if is_transposed(self.module.get_submodule(layer)) else weight
+            return weight.to(stored.dtype).contiguous()
         if name in self.changed:
             return self.module.get_parameter(name).detach().to(stored.dtype)
         return stored
 
-    def keep(self, group: LiveGroup, result: Mapping[str, QTensor]) -> None:
+    def keep(self, group: Group, result: Mapping[str, QTensor]) -> None:
         """Put the quantized weights of `group` in place."""
         for name, tensor in result.items():
             self.results[name] = tensor
             self.folded.pop(name, None)
             set_weight(self.module.get_submodule(name), tensor.dequantize())
 
-    def note(self, group: LiveGroup, text: str) -> None:
+    def note(self, group: Group, text: str) -> None:
         """Record in the report that the group's layers had to be treated differently."""
-        self.notes.update(dict.fromkeys(group.shape.layers, text))
+        self.notes.update(dict.fromkeys(self._live(group).shape.layers, text))
 
 
 class _Enough(Exception):

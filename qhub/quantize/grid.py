@@ -78,10 +78,11 @@ def _fit(low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dty
         zero = torch.full_like(low, 2.0 ** (scheme.weight_bits - 1))
         return Grid(round_scale((high / (top - zero)).clamp_min(_SMALLEST), dtype), zero)
     scale = ((high - low) / top).clamp_min(_SMALLEST)
-    # zero ≥ 1 for the formats that store zero − 1: a group without negative weights gives up one code for it
-    zero = torch.round(-low / scale).clamp_(1, top)
-    room = torch.where(zero < top, high / (top - zero).clamp_min(1), scale)
-    return Grid(round_scale(torch.where(low < 0, scale, torch.maximum(scale, room)), dtype), zero)
+    # zero ≥ 1 for the formats that store zero − 1: a group with (almost) no negative weights gives up one code for it
+    wanted = torch.round(-low / scale)
+    zero = wanted.clamp(1, top)
+    room = high / (top - zero + 0.5)  # the last code may be half a step away, as any other
+    return Grid(round_scale(torch.where(wanted < 1, torch.maximum(scale, room), scale), dtype), zero)
 
 
 class _Search:

@@ -13,7 +13,7 @@ _BLOCK = 512
 def upper_factor(gram: torch.Tensor, damping: float = 0.01) -> torch.Tensor | None:
     """R (K, K) upper triangular with R Rᵀ = H + λI; λ starts at `damping` times the mean of diag H and grows until it factorises.
 
-    Inputs that were never active get a one on the diagonal. `gram` is not modified. None when even λ = mean does not help.
+    Inputs that were never active get the mean on the diagonal. `gram` is not modified. None when even λ ≈ mean does not help.
     """
     mean = gram.diagonal().mean()
     if not bool(torch.isfinite(mean)) or float(mean) <= 0:
@@ -39,7 +39,7 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
             return None
         matrix[start:end, start:end] = corner
         if end < size:
-            inverse = torch.linalg.solve_triangular(corner, torch.eye(end - start, device=matrix.device), upper=False)
+            inverse = torch.linalg.solve_triangular(corner, torch.eye(end - start).to(matrix), upper=False)
             panel = matrix[end:, start:end] @ inverse.t()
             matrix[end:, start:end] = panel
             for row in range(end, size, _BLOCK):  # the lower triangle only
@@ -56,7 +56,7 @@ def solve_right(right: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     corners = {
         start: torch.linalg.solve_triangular(
             factor[start : start + _BLOCK, start : start + _BLOCK],
-            torch.eye(min(_BLOCK, size - start), device=factor.device),
+            torch.eye(min(_BLOCK, size - start)).to(factor),
             upper=True,
         )
         for start in starts

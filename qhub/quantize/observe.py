@@ -47,23 +47,24 @@ class LayerGroup:
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether a module is a matrix product that qhub quantizes: nn.Linear, or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or _is_transposed(module)
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weight as (K, N): GPT-2's Conv1D."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def get_weight(module: nn.Module) -> torch.Tensor:
     """The weight as (N, K), whichever way the module stores it; shares memory with it."""
     weight = cast("torch.Tensor", module.weight)
-    return weight.t() if _is_transposed(module) else weight
+    return weight.t() if is_transposed(module) else weight
 
 
 def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Give `module` the weight (N, K), in the module's own dtype and orientation."""
     stored = cast("torch.Tensor", module.weight)
-    weight = weight.t() if _is_transposed(module) else weight
+    weight = weight.t() if is_transposed(module) else weight
     module.weight = nn.Parameter(weight.to(stored.dtype).contiguous(), requires_grad=False)
 
 
@@ -164,7 +165,9 @@ def _find_producer(block: nn.Module, trace: _Trace, layers: tuple[str, ...], hid
     consumer, inputs = layers[0], trace.inputs[layers[0]]
     maker = trace.makers.get(_key(inputs))
     if maker is not None and not is_matrix(block.get_submodule(maker)):
-        return _norm_producer(block, maker, inputs, consumer, hidden, call)
+        found = _norm_producer(block, maker, inputs, consumer, hidden, call)
+        if found is not None:
+            return found
     before = trace.order[: trace.order.index(consumer)]
     for name in reversed(before):
         for rows in _slices(get_weight(block.get_submodule(name)).shape[0], inputs.shape[-1]):
@@ -206,14 +209,15 @@ def _probe(
 
 def _decode(ratio: torch.Tensor, factors: torch.Tensor, alive: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
     """Which row each channel's ratio names; channels that are silent on the probe follow from their neighbours."""
-    nearest = (ratio.unsqueeze(1) - factors).abs().min(1)
+    middles = (factors[1:] + factors[:-1]) / 2  # factors ascend
+    nearest = torch.searchsorted(middles, ratio)
     spacing = (factors[1:] - factors[:-1]).min() if len(factors) > 1 else torch.tensor(0.1)
-    if bool((nearest.values[alive] > spacing / 3).any()):
+    if bool(((ratio - factors[nearest]).abs()[alive] > spacing / 3).any()):
         return None
-    found = rows.to(nearest.indices.device)[nearest.indices]
+    found = rows.to(nearest.device)[nearest]
     shift = found - torch.arange(len(found), device=found.device)
     if not alive.all():
-        if len(shift[alive].unique()) > 1:
+        if bool((shift[alive] != shift[alive][0]).any()):
             return None
         found = torch.arange(len(found), device=found.device) + shift[alive][0]
     return found
@@ -233,7 +237,9 @@ def scaled_rows(module: nn.Module, rows: torch.Tensor, factors: torch.Tensor) ->
     try:
         yield
     finally:
-        module.weight, module.bias = weight, bias
+        module.weight = weight
+        if bias is not None:
+            module.bias = bias
 
 
 class _Found(Exception):

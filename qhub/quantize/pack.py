@@ -17,7 +17,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
     out = np.zeros((rows, words * 4), dtype=np.uint8)
-    values = codes.numpy()
+    values = codes.cpu().numpy()
     for start in range(0, rows, _ROWS_AT_ONCE):
         stream = _to_bytes(values[start : start + _ROWS_AT_ONCE], bits)
         out[start : start + _ROWS_AT_ONCE, : stream.shape[1]] = stream
@@ -37,7 +37,8 @@ def _to_bytes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return codes
     if bits == 4 and codes.shape[1] % 2 == 0:
-        return codes[:, 0::2] | (codes[:, 1::2] << 4)
+        pairs: NDArray[np.uint8] = codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+        return pairs
     stream = np.unpackbits(codes[:, :, None], axis=2, bitorder="little", count=bits)
     return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little")
 

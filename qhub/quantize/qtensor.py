@@ -15,6 +15,8 @@ import torch
 from qhub.errors import Unsupported
 from qhub.types import Scheme
 
+LARGEST_SCALE = {torch.bfloat16: 65280.0}  # the largest number that fp16 and bf16 both hold
+
 
 @dataclass(frozen=True)
 class QTensor:
@@ -81,11 +83,13 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> 
 def round_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The nearest scale ≥ `scale` (any shape, float32, > 0) that is exact in fp16 and, in a bf16 artifact, in bf16 too.
 
-    Below 2⁻¹⁶ fp16 has at most 8 significant bits, so what fp16 holds there bf16 holds as well.
+    Below 2⁻¹⁶ fp16 has at most 8 significant bits, so what fp16 holds there bf16 holds as well. Scales end at the largest
+    number of that kind, `LARGEST_SCALE[dtype]`, or 65504: no model has weights that large.
     """
+    scale = scale.clamp(2.0**-24, LARGEST_SCALE.get(dtype, 65504.0))
     if dtype == torch.bfloat16:
         scale = _round_up(scale, torch.bfloat16)
-    return _round_up(scale.clamp(2.0**-24, 65504.0), torch.float16)
+    return _round_up(scale, torch.float16)
 
 
 def _round_up(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -92,7 +92,11 @@ def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str]) -> di
     for index, (scheme_text, names) in enumerate(sorted(by_scheme.items())):
         targets = ["Linear"] if len(by_scheme) == 1 else sorted(names)
         groups[f"group_{index}"] = _config_group(Scheme.parse(scheme_text), targets)
+    # transformers expands int4 weights anyway; packed zero points it can only read while it loads (compressed-tensors
+    # 0.18 to 0.20 build an unpacked place for them otherwise). vLLM ignores the key.
+    loading = {} if all(scheme.symmetric for scheme in schemes.values()) else {"dequantize": True}
     return {
+        **loading,
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -130,6 +134,7 @@ class QuantizedWeights:
         self.files = WeightFiles.open(folder)
         self.metadata = read_metadata(folder)
         self.schemes = {name: Scheme.parse(text) for name, text in self.metadata["layers"].items()}
+        self.transposed = frozenset(self.metadata.get("transposed", ()))  # layers whose float files hold (K, N)
 
     def __iter__(self) -> Iterator[str]:
         parts = (".weight_packed", ".weight_scale", ".weight_shape", ".weight_zero_point")
@@ -144,12 +149,13 @@ class QuantizedWeights:
         return stored_dtype(self.files)
 
     def read(self, name: str) -> torch.Tensor:
-        """Tensor `name`: as stored if float, else dequantized in the model's dtype."""
+        """Tensor `name`: as stored if float, else dequantized in the model's dtype, the way round that the float files have it."""
         if name in self.files:
             return read_tensor(self.files, name)
         layer = name.removesuffix(".weight")
         dtype = read_tensor(self.files, f"{layer}.weight_scale").dtype
-        return self.layer(layer).dequantize(dtype)
+        weight = self.layer(layer).dequantize(dtype)
+        return weight.t() if layer in self.transposed else weight
 
     def layer(self, name: str) -> QTensor:
         """The QTensor of layer `name`, read back from its packed form."""

@@ -22,10 +22,10 @@ from qhub.errors import QhubError, Unsupported
 from qhub.events import Events, Progress, rss_bytes
 from qhub.interfaces import Quantizer
 from qhub.quantize.block import LayerChoice, LiveBlock
-from qhub.quantize.observe import PROBE_TOKENS, LayerGroup, each_matrix, observe
-from qhub.spool import Spool
+from qhub.quantize.observe import PROBE_TOKENS, LayerGroup, each_matrix, is_transposed, observe
 from qhub.quantize.store import layer_tensors, shard_name, write_json, write_shard
 from qhub.skeleton import BlockCall, FloatWeights, Skeleton, batch_size, forward_dtype, run_block
+from qhub.spool import Spool
 from qhub.types import Scheme
 
 
@@ -53,6 +53,7 @@ class WalkResult:
     ignored: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)  # relative squared output error after each block
+    transposed: list[str] = field(default_factory=list)  # layers whose float files hold (K, N), as GPT-2's do
 
     def add(self, note: Mapping[str, Any]) -> None:
         """Count a block from its note."""
@@ -60,6 +61,7 @@ class WalkResult:
         self.ignored.extend(note["ignored"])
         self.notes.update(note["notes"])
         self.errors.append(note["error"])
+        self.transposed.extend(note["transposed"])
 
 
 def walk(plan: WalkPlan, events: Events) -> WalkResult:
@@ -88,6 +90,7 @@ class _Walk:
         self.streams: dict[str, Spool] = {}
 
     def run(self) -> WalkResult:
+        self._check_layers()
         result = WalkResult()
         done = self._done_blocks(result)
         self._write_outer(result)
@@ -99,7 +102,23 @@ class _Walk:
             result.add(note)
             progress.block(index, self.skeleton.block_names[index], error=note["error"])
             self._check_memory(index)
+        for stream in self.streams.values():
+            stream.close()
         return result
+
+    def _check_layers(self) -> None:
+        """Refuse before a weight is read: blocks with other matrices, and layers that the group size does not divide."""
+        bad = []
+        for index, prefix in enumerate(self.skeleton.block_names):
+            for name, inputs in ((name, shape.inputs) for shape in each_matrix(self.skeleton.empty_block(index)) for name in shape.layers):
+                scheme = self.plan.choice.of(f"{prefix}.{name}")
+                if scheme is not None and inputs % (scheme.group_size or inputs):
+                    bad.append((f"{prefix}.{name}", inputs, scheme))
+        if bad:
+            named = ", ".join(f"`{name}` ({inputs} inputs, {scheme})" for name, inputs, scheme in bad)
+            message = f"the group size does not divide the inputs of {named}"
+            hint = f"keep such layers in float: `--override '{bad[0][0].rpartition('.')[2]}=float'`, or choose a smaller group"
+            raise Unsupported(message, hint=hint)
 
     def _done_blocks(self, result: WalkResult) -> int:
         for index in range(self.count):
@@ -145,7 +164,6 @@ class _Walk:
     @torch.no_grad()
     def _one_block(self, index: int) -> dict[str, Any]:
         shapes = self._shapes(index)
-        self._check_groups(index, shapes)
         with self.skeleton.block(index) as module, ExitStack() as stack:
             float_inputs = self._run_float(module, index, shapes, stack)
             block = self._live_block(index, module, shapes, float_inputs)
@@ -182,16 +200,6 @@ class _Walk:
                 with self.skeleton.block(index, dtype=torch.float32) as exact:
                     self.shapes[form] = observe(exact, self.probe[0], _as_float32(self.probe[1][index]))
         return self.shapes[form]
-
-    def _check_groups(self, index: int, shapes: Sequence[LayerGroup]) -> None:
-        prefix, bad = self.skeleton.block_names[index], []
-        for name, inputs in ((name, shape.inputs) for shape in shapes for name in shape.layers):
-            scheme = self.plan.choice.of(f"{prefix}.{name}")
-            if scheme is not None and inputs % (scheme.group_size or inputs):
-                bad.append(f"{name} ({inputs} inputs, {scheme})")
-        if bad:
-            message = f"group size does not divide the inputs of `{prefix}`: {', '.join(bad)}"
-            raise Unsupported(message, hint=f"keep it in float: --override '{bad[0].split(' ')[0]}=float', or choose a smaller group")
 
     def _run_float(self, module: nn.Module, index: int, shapes: Sequence[LayerGroup], stack: ExitStack) -> dict[tuple[str, ...], Spool]:
         """Move the float stream through the block; keep what enters each group if the quantizer asks for drift."""
@@ -232,12 +240,12 @@ class _Walk:
         layers = {f"{prefix}.{name}": tensor for name, tensor in block.results.items()}
         tensors: dict[str, torch.Tensor] = {}
         for name in self.skeleton.tensors_of(index):
-            layer = name.removesuffix(".weight")
             inside = self.skeleton.inside(name, index)
-            if inside.removesuffix(".weight") in block.results and inside.endswith(".weight"):
-                tensors.update(layer_tensors(layer, block.results[inside.removesuffix(".weight")], self.skeleton.model_dtype))
+            layer = inside.removesuffix(".weight")
+            if layer in block.results and inside.endswith(".weight"):
+                tensors.update(layer_tensors(f"{prefix}.{layer}", block.results[layer], self.skeleton.model_dtype))
             else:
-                tensors[name] = block.current(inside, self.skeleton.files.read(name))
+                tensors[f"{prefix}.{inside}"] = block.current(inside, self.skeleton.files.read(name))
         write_shard(self.plan.out / shard_name(index + 1, self.count + 1), tensors)
         for name, stream in self.streams.items():
             stream.save(self._stream_path(name, index + 1))
@@ -246,6 +254,7 @@ class _Walk:
             "ignored": [f"{prefix}.{name}" for shape in block.shapes for name in shape.layers if name not in block.results],
             "notes": {f"{prefix}.{name}": text for name, text in block.notes.items()},
             "error": error,
+            "transposed": [f"{prefix}.{name}" for name in block.results if is_transposed(block.module.get_submodule(name))],
         }
         write_json(self.plan.work / f"block-{index:05d}.json", note)
         for name in self.streams:
@@ -277,7 +286,7 @@ def _weight_error(skeleton: Skeleton, block: LiveBlock) -> float:
     moved = total = 0.0
     for name, tensor in block.results.items():
         weight = skeleton.files.read(skeleton.stored_name(f"{block.name}.{name}.weight")).float()
-        weight = weight if weight.shape == tensor.codes.shape else weight.t()
+        weight = weight.t() if is_transposed(block.module.get_submodule(name)) else weight
         moved += float((tensor.dequantize() - weight).square().sum())
         total += float(weight.square().sum())
     return moved / max(total, 1e-30)
