@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "qhub.hookspecs": ("hookimpl",),
+    "qhub.quiet": ("quiet_libraries",),
     "qhub.errors": ("ExitCode", "NoRouteError", "PluginError", "QhubError", "Unsupported", "UsageError"),
     "qhub.interfaces": ("Block", "Component", "Exporter", "Group", "Quantizer", "Runtime", "Session", "Statistics"),
     "qhub.types": (
@@ -20,7 +21,7 @@ _HOMES = {
         "Route", "Scheme", "Target",
     ),
     "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
-    "qhub.quantize.grid": ("Grid", "minmax_grid", "on_grid", "quantize_rtn", "search_grid"),
+    "qhub.quantize.grid": ("Grid", "better_rows", "fit_scales", "minmax_grid", "on_grid", "quantize_rtn", "search_grid"),
     "qhub.quantize.linalg": ("compensate", "output_loss", "upper_factor"),
     "qhub.quantize.store": ("QuantizedWeights", "folder_digest"),
 }  # fmt: skip
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
     from qhub.hookspecs import hookimpl
     from qhub.interfaces import Block, Component, Exporter, Group, Quantizer, Runtime, Session, Statistics
-    from qhub.quantize.grid import Grid, minmax_grid, on_grid, quantize_rtn, search_grid
+    from qhub.quantize.grid import Grid, better_rows, fit_scales, minmax_grid, on_grid, quantize_rtn, search_grid
     from qhub.quantize.linalg import compensate, output_loss, upper_factor
     from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
     from qhub.quantize.store import QuantizedWeights, folder_digest
+    from qhub.quiet import quiet_libraries
     from qhub.types import (
         Artifact,
         Estimates,

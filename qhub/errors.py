@@ -31,6 +31,10 @@ class QhubError(Exception):
         self.hint = hint
 
 
+class DamagedModelError(QhubError):
+    """A model whose files contradict each other or hold numbers that are none: what was made from it is worth nothing."""
+
+
 class UsageError(QhubError):
     """A wrong argument or an unknown name: the command line exits with 2."""
 

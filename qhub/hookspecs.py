@@ -7,7 +7,7 @@ import heavy modules (torch, transformers, a vendor SDK): do that inside the met
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -25,7 +25,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 def _hook(function: _F) -> _F:
-    return cast("_F", _spec(function))
+    return _spec(function)
 
 
 @_hook

@@ -64,6 +64,10 @@ class Statistics(Protocol):
     def drift(self) -> torch.Tensor | None:
         """Mean of (x_float − x) xᵀ, (K, K) float32: how the quantized prefix moved this input; None unless asked for."""
 
+    @property
+    def residual(self) -> torch.Tensor | None:
+        """Mean of (r_float − r) xᵀ, (N, K) float32, where the layer's output is added to the residual stream r; else None."""
+
 
 class Group(Protocol):
     """Layers of one block that read the same input tensor, in execution order (q/k/v; gate/up; a single layer)."""

@@ -7,7 +7,7 @@ block is called with is recorded by letting the model call stand-ins. No archite
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from qhub.errors import QhubError, Unsupported
+from qhub.errors import DamagedModelError, QhubError, Unsupported
 from qhub.weights import WeightFiles
 
 TORCH_DTYPES = {
@@ -107,7 +107,7 @@ class Skeleton:
             if candidate in self.files:
                 return str(candidate)
         message = f"`{self.folder}` has no tensor `{name}`, which `{type(self.model).__name__}` needs"
-        raise QhubError(message, hint="check that config.json belongs to these weights")
+        raise DamagedModelError(message, hint="check that config.json belongs to these weights")
 
     def tensors_of(self, index: int) -> list[str]:
         """Names in the files of all tensors of block `index`."""
@@ -118,6 +118,17 @@ class Skeleton:
     def inside(self, stored: str, index: int) -> str:
         """The name within block `index` of the stored tensor `stored`."""
         return stored.removeprefix(f"{self._prefix}.").removeprefix(f"{self.block_names[index].removeprefix(f'{self._prefix}.')}.")
+
+    def check_blocks(self) -> None:
+        """Compare the blocks' parameters with the headers of a float model's files, before a weight is read.
+
+        :raises DamagedModelError: when a tensor is missing or has another shape than the config asks for.
+        """
+        if isinstance(self.files, FloatWeights):
+            for index, prefix in enumerate(self.block_names):
+                for name, parameter in self.empty_block(index).named_parameters():
+                    stored = self.stored_name(f"{prefix}.{name}")
+                    _check_shape(stored, self.files.files[stored].shape, parameter.shape)
 
     def empty_block(self, index: int) -> nn.Module:
         """Block `index` without weights."""
@@ -146,15 +157,13 @@ class Skeleton:
 
     def _set(self, owner: nn.Module, key: str, parameter: nn.Parameter, stored: str, dtype: torch.dtype) -> None:
         tensor = self.files.read(stored)
-        if tensor.shape != parameter.shape:
-            message = f"tensor `{stored}` has shape {list(tensor.shape)}; the config asks for {list(parameter.shape)}"
-            raise QhubError(message, hint="check that config.json belongs to these weights")
+        _check_shape(stored, tensor.shape, parameter.shape)
         if not tensor.is_floating_point():
             raise Unsupported(f"tensor `{stored}` holds integers", hint="this model is already quantized: start from the float model")
         tensor = tensor.to(device=self.device, dtype=dtype)
         if not bool(torch.isfinite(tensor).all()):
             message = f"tensor `{stored}` contains NaN or infinite numbers"
-            raise QhubError(message, hint="the file is damaged or the training diverged: get the weights again")
+            raise DamagedModelError(message, hint="the file is damaged or the training diverged: get the weights again")
         owner._parameters[key] = nn.Parameter(tensor, requires_grad=False)
 
     def _load_outer(self, *, head: bool) -> None:
@@ -263,6 +272,12 @@ def batch_size(samples: int, seq_len: int) -> int:
     return max(size for size in range(1, fitting + 1) if samples % size == 0)
 
 
+def _check_shape(stored: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        message = f"tensor `{stored}` has shape {list(found)}; the config asks for {list(wanted)}"
+        raise DamagedModelError(message, hint="check that config.json belongs to these weights")
+
+
 def _drop(module: nn.Module) -> None:
     for owner in module.modules():
         for key, parameter in list(owner._parameters.items()):
@@ -271,16 +286,25 @@ def _drop(module: nn.Module) -> None:
 
 
 def _config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers config
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = folder / "config.json"
     try:
-        json.loads(path.read_text(encoding="utf-8"))  # says more clearly than transformers what is wrong with the file
+        said = json.loads(path.read_text(encoding="utf-8"))  # says more clearly than transformers what is wrong with the file
+        kind, own_code = said.get("model_type"), "auto_map" in said
+    except (ValueError, AttributeError) as error:
+        raise DamagedModelError(f"`{path}` is not a JSON object: {error}", hint="download it again") from None
+    if kind not in CONFIG_MAPPING and not own_code:
+        message = f"this version of transformers does not know the architecture `{kind}` of `{folder}`"
+        raise Unsupported(message, hint="`pip install -U transformers` may bring it")
+    if kind not in CONFIG_MAPPING and not trust_remote_code:
+        message = f"`{folder}` needs Python code of its own to run, which may do anything"
+        raise QhubError(message, hint="read it; if you trust it, run again with `--trust-remote-code`")
+    try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = "a model with code of its own needs `--trust-remote-code`" if "remote_code" in str(error) else "check `config.json`"
-        raise QhubError(f"transformers cannot read `{path}` ({first})", hint=hint) from None
+        raise QhubError(f"transformers cannot read `{path}`: {first}", hint="check `config.json`") from None
 
 
 def _empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers model
@@ -290,10 +314,13 @@ def _empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) ->
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, ImportError) as error:
         architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
-        message = f"`{architecture}` is not a causal language model that transformers knows"
-        raise Unsupported(message, hint="weight quantizers take decoder-only language models") from error
+        if "Unrecognized configuration class" in str(error):
+            message = f"`{architecture}` is not a causal language model that transformers knows"
+            raise Unsupported(message, hint="weight quantizers take decoder-only language models") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DamagedModelError(f"transformers cannot build `{architecture}` from config.json: {reason}", hint="check it") from error
     return model.eval()
 
 

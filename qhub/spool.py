@@ -86,7 +86,8 @@ class Spool:
         """
         expected = sum(shape.numel() for shape in shapes) * dtype.itemsize
         if path.stat().st_size != expected:
-            raise QhubError(f"`{path}` has `{path.stat().st_size}` bytes, not {expected}", hint="start again without `--resume`")
+            message = f"`{path}` has `{path.stat().st_size}` bytes, not {expected}"
+            raise QhubError(message, hint=f"`rm {path}`, then `--resume` again: it goes on from an earlier block")
         with path.open("rb", buffering=0) as file:
             for shape in shapes:
                 tensor = torch.empty(shape, dtype=dtype)

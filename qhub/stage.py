@@ -6,6 +6,7 @@ work/parity.json · evaluate: quantized/ → work/evaluation.json · report: all
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -18,7 +19,8 @@ from typing import Any
 from qhub.errors import PluginError, QhubError, UsageError
 from qhub.events import Events
 from qhub.interfaces import Exporter, Quantizer
-from qhub.plugins import Plugins, suggest
+from qhub.plugins import Plugins, missing_modules, suggest
+from qhub.quiet import quiet_libraries
 from qhub.route.recipe import FLOAT, digest, from_yaml
 from qhub.rundir import RunDir
 from qhub.types import Calibration, Recipe, Scheme, as_json
@@ -33,11 +35,15 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
     from qhub.quantize.store import finish
     from qhub.quantize.walk import WalkPlan, clean, walk
 
+    if run.quantized.exists():  # the process ended after the rename, before the state was saved
+        clean(run.work)
+        return
     quantizer = _quantizer(recipe, plugins)
     source = Path(recipe.model_path)
     run.partial.mkdir(exist_ok=True)
-    run.work.mkdir(exist_ok=True)
-    ids = torch.from_numpy(_windows(recipe, recipe.calibration)) if quantizer.needs and recipe.calibration else None
+    if recipe.evaluation is not None:
+        _windows(run, recipe, recipe.evaluation)  # too short a text is said now, not when all the work is done
+    ids = torch.from_numpy(_windows(run, recipe, recipe.calibration)) if quantizer.needs and recipe.calibration else None
     plan = WalkPlan(
         source=source,
         out=run.partial,
@@ -61,10 +67,20 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
         "notes": result.notes,
         "block_errors": result.errors,
         "transposed": result.transposed,
+        "subclassed": result.subclassed,
     }
     finish(run.partial, source, result.schemes, result.ignored, metadata)
+    _sync(run.partial)
     run.partial.rename(run.quantized)
     clean(run.work)
+
+
+def _sync(folder: Path) -> None:
+    """Make sure that the files of `folder` are on the disk, so that a name that says "complete" never lies."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def export(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
@@ -92,10 +108,11 @@ def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
     checks: dict[str, Any] = {}
     for artifact in run.read("work/artifacts.json"):
         runtime = plugins.runtimes.get(recipe.runtime or "") or _any_runtime(plugins, artifact["format"])
-        if runtime is None:
-            checks[artifact["path"]] = {"checked": False, "how": "no runtime for this format is installed here"}
+        lacking = "a runtime for this format" if runtime is None else ", ".join(missing_modules(runtime))
+        if runtime is None or lacking:
+            checks[artifact["path"]] = {"checked": False, "how": f"{lacking} is not installed here"}
             continue
-        ids = _windows(recipe, recipe.evaluation or recipe.calibration, samples=1, seq_len=64)
+        ids = _windows(run, recipe, recipe.evaluation or recipe.calibration, first=64)
         checks[artifact["path"]] = compare_logits(run.quantized, run.path / artifact["path"], runtime, ids)
     run.write("work/parity.json", checks)
 
@@ -111,7 +128,7 @@ def evaluate(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
 
     if recipe.evaluation is None:
         raise QhubError("the recipe names no evaluation data", hint="give a text with `--eval`")
-    ids = torch.from_numpy(_windows(recipe, recipe.evaluation))
+    ids = torch.from_numpy(_windows(run, recipe, recipe.evaluation))
     limit = hidden_limit_bytes(run.settings.max_memory_bytes)
     setting = Setting(run.work, run.settings.device, limit, run.settings.trust_remote_code)
     source, quantized = Path(recipe.model_path), QuantizedWeights(run.quantized)
@@ -128,13 +145,12 @@ def report(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
     from qhub.prove.assemble import assemble
     from qhub.prove.render import to_html
 
-    log = [json.loads(line) for line in run.events.read_text(encoding="utf-8").splitlines()] if run.events.exists() else []
     found = assemble(
         recipe,
         digest(recipe),
         run.quantized,
         {name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation")},
-        log,
+        run.log(),
         platform.node(),
     )
     found.save(run.path)
@@ -178,14 +194,17 @@ def _choice(recipe: Recipe) -> Any:  # noqa: ANN401 - a LayerChoice
     return LayerChoice(Scheme.parse(recipe.scheme), overrides)
 
 
-def _windows(recipe: Recipe, data: Calibration | None, *, samples: int | None = None, seq_len: int | None = None) -> Any:  # noqa: ANN401
+def _windows(run: RunDir, recipe: Recipe, data: Calibration | None, *, first: int | None = None) -> Any:  # noqa: ANN401 - NDArray
+    """The token windows of `data`, or only the beginning of the first one."""
     from qhub.tokens import load_tokenizer, read_windows
 
     if data is None:
         raise QhubError("the recipe names no data", hint="give a text with `--calib` and `--eval`")
-    tokenizer = load_tokenizer(Path(recipe.model_path))
-    seed = recipe.seed if data is recipe.calibration and recipe.seed else None
-    return read_windows(tokenizer, Path(data.data), samples or data.samples, seq_len or data.seq_len, seed=seed).ids
+    tokenizer = load_tokenizer(Path(recipe.model_path), trust_remote_code=run.settings.trust_remote_code)
+    calibrating = data is recipe.calibration
+    seed = recipe.seed if calibrating and recipe.seed else None
+    samples, seq_len = (data.samples, data.seq_len) if first is None else (1, min(first, data.seq_len))
+    return read_windows(tokenizer, Path(data.data), samples, seq_len, seed=seed, fewer="--samples" if calibrating else None).ids
 
 
 def execute(name: str, run: RunDir, plugins: Plugins, events: Events) -> RunDir:
@@ -195,19 +214,32 @@ def execute(name: str, run: RunDir, plugins: Plugins, events: Events) -> RunDir:
     """
     recipe = from_yaml(run.recipe.read_text(encoding="utf-8"))
     run.work.mkdir(exist_ok=True)
-    with events.stage(name):
+    with events.stage(name), quiet_libraries():
         try:
             STAGES[name](run, recipe, plugins, events)
         except (QhubError, OSError, MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
-            if os.environ.get("QHUB_TRACEBACK"):
+            known = _as_system_error(error)
+            if known is not None:
+                raise known from error
+            who = {"quantize": recipe.method, "export": recipe.exporter, "verify": recipe.runtime or recipe.exporter}.get(name)
+            if who is None or os.environ.get("QHUB_TRACEBACK"):
                 raise
             text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            who = recipe.exporter if name in ("export", "verify") else recipe.method
             message = f"stage `{name}` failed in `{who}`: {type(error).__name__}: {text}"
             raise PluginError(message, hint="run it again with `QHUB_TRACEBACK=1` set and report what it prints") from error
     return run.finished(name)
+
+
+def _as_system_error(error: Exception) -> Exception | None:
+    """A full disk or exhausted memory, which libraries report in exceptions of their own."""
+    text = str(error)
+    if "No space left on device" in text or "os error 28" in text:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text:
+        return MemoryError(text)
+    return None
 
 
 def main(arguments: list[str]) -> int:
@@ -216,11 +248,12 @@ def main(arguments: list[str]) -> int:
         print(f"usage: python -m qhub.stage {{{','.join(STAGES)}}} RUN_DIR", file=sys.stderr)
         return 2
     run = RunDir.open(Path(arguments[1]))
-    events = Events(run.events, lambda event: print(json.dumps(event), flush=True))
+    stdout = sys.stdout  # stages have theirs redirected
+    events = Events(run.events, lambda event: print(json.dumps(event), file=stdout, flush=True))
     try:
         execute(arguments[0], run, Plugins.load(), events)
     except QhubError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        print(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return int(error.exit_code)
     return 0
 

@@ -36,11 +36,21 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_windows(tokenizer: Any, path: Path, samples: int, seq_len: int, *, seed: int | None = None) -> Windows:  # noqa: ANN401
+def read_windows(
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    path: Path,
+    samples: int,
+    seq_len: int,
+    *,
+    seed: int | None = None,
+    fewer: str | None = "--samples",
+    all_there_is: bool = False,
+) -> Windows:
     """`samples` windows of `seq_len` tokens from the data at `path`.
 
     The documents are joined and cut into consecutive windows. Without a seed the first ones are taken, in order; with one,
-    `samples` windows are drawn from all of the file (no global random state is touched).
+    `samples` windows are drawn from all of the file (no global random state is touched). `fewer` is the option that asks for
+    fewer windows, for the hint; with `all_there_is`, fewer are no error, as long as there is one.
 
     :raises QhubError: when the data is unreadable or too short; the message says how much is needed.
     """
@@ -50,11 +60,11 @@ def read_windows(tokenizer: Any, path: Path, samples: int, seq_len: int, *, seed
     tokens = _tokens(tokenizer, path, limit)
     if limit is not None and len(tokens) < wanted:  # long runs of spaces can be one token
         tokens = _tokens(tokenizer, path, None)
-    count = len(tokens) // room
-    if count < samples:
-        message = f"`{path}` gives `{len(tokens)}` tokens; {samples} samples of {seq_len} need {wanted}"
-        more = f"give about {max(2, -(-wanted // len(tokens)))} times as much text" if len(tokens) else "give a file with text"
-        raise QhubError(message, hint=f"{more}, or use `--samples {count}`" if count else more)
+    count = len(tokens) // max(room, 1)
+    if count and all_there_is:
+        samples = min(samples, count)
+    if room < 2 or count < samples:
+        raise _too_short(path, len(tokens), (samples, seq_len, room), fewer)
     chosen = range(samples) if seed is None else sorted(random.Random(seed).sample(range(count), samples))
     body = np.stack([tokens[index * room : (index + 1) * room] for index in chosen])
     if room < seq_len:
@@ -62,11 +72,26 @@ def read_windows(tokenizer: Any, path: Path, samples: int, seq_len: int, *, seed
     return Windows(body, hashlib.sha256(body.tobytes()).hexdigest())
 
 
+def _too_short(path: Path, found: int, wanted: tuple[int, int, int], fewer: str | None) -> QhubError:
+    samples, seq_len, room = wanted
+    if room < 2:
+        return UsageError(f"windows of `{seq_len}` tokens have nothing to predict", hint="give a longer `--seq-len`")
+    message = f"`{path}` gives `{found}` tokens; {samples} samples of {seq_len} need {samples * room}"
+    if not found:
+        return QhubError(message, hint="give a file with text")
+    hint = f"give about {max(2, -(-samples * room // found))} times as much text"
+    if fewer and found >= room:
+        return QhubError(message, hint=f"{hint}, or use `{fewer} {found // room}`")
+    shorter = found // samples + seq_len - room
+    return QhubError(message, hint=f"{hint}, or use `--seq-len {shorter}`" if shorter > 8 else hint)
+
+
 def _tokens(tokenizer: Any, path: Path, limit: int | None) -> NDArray[np.int64]:  # noqa: ANN401
     parts: list[NDArray[np.int64]] = []
     used = 0
     for document in documents(path):
         text = document if limit is None else document[: limit - used]
+        text = text.encode("utf-8", "replace").decode("utf-8")  # JSON can hold half a character
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # verbose: "longer than the model's maximum"
         parts.append(np.asarray(ids, dtype=np.int64))
         used += len(text)
@@ -127,19 +152,25 @@ def _parquet(path: Path) -> Iterator[str]:
     columns = [name for name in _TEXT_FIELDS if name in strings]
     if not columns:
         raise QhubError(f"`{path}` has no text column", hint=f"name a string column {', '.join(_TEXT_FIELDS)}")
-    for batch in file.iter_batches(columns=columns[:1]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+    try:
+        for batch in file.iter_batches(columns=columns[:1]):
+            yield from (text for text in batch.column(0).to_pylist() if text)
+    except (OSError, ValueError) as error:
+        raise QhubError(f"`{path}` is damaged ({str(error).splitlines()[0]})", hint="check how it was written") from None
 
 
-def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401 - a transformers tokenizer
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:  # noqa: ANN401 - a transformers tokenizer
     """The tokenizer of a model folder.
 
-    :raises QhubError: when there is none.
+    :raises QhubError: when there is none, or it is not usable.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # noqa: BLE001 - what a broken tokenizer file raises is not defined
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise QhubError(f"`{folder}` has no usable tokenizer ({reason})", hint="put tokenizer.json beside the weights") from None
+        hint = "get the tokenizer's files again"
+        if "trust_remote_code" in str(error):
+            reason, hint = "it needs Python code of its own", "if you trust it: `--trust-remote-code`"
+        raise QhubError(f"`{folder}` has no usable tokenizer ({reason})", hint=hint) from None

@@ -7,8 +7,9 @@ MODEL → `ModelProfile` → `Route` → `Recipe` → `QuantizedModel` → `Arti
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -263,6 +264,12 @@ class Recipe:
     seed: int = 0
     goals: Goals = field(default_factory=Goals)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def last_match(name: str, patterns: Iterable[str]) -> str | None:
+    """The last of the override patterns that means layer `name`: the end of its name, or all of it with `*`."""
+    found = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern) or name.endswith(f".{pattern}")]
+    return found[-1] if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,3 +74,16 @@ def test_what_does_not_combine_is_a_usage_error(parts, message):
 
 def test_two_that_scale_are_combined_in_the_order_given():
     assert isinstance(compose([Scaler(), Scaler()]), Composite)
+
+
+def test_scales_of_awq_with_the_rounding_of_gptq(tmp_path):
+    awq, gptq = pytest.importorskip("qhub_awq.plugin"), pytest.importorskip("qhub_gptq.plugin")
+    from tiny_models import logits_of, quantize, quantized_logits, random_ids, tiny_model
+
+    source, ids = tiny_model("llama"), random_ids(8, 32)
+    expected, errors = logits_of(source, ids), {}
+    for parts in ([awq.Awq()], [gptq.Gptq(), awq.Awq()]):
+        quantizer = compose(parts)
+        assert not quantize(source, tmp_path / quantizer.name, quantizer, "w3a16-g32-asym", ids=ids).notes
+        errors[quantizer.name] = float((quantized_logits(tmp_path / quantizer.name / "model", ids) - expected).square().mean())
+    assert errors["awq+gptq"] < errors["awq"]

@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: From the bottom up: a module may import its own layer and those below.
 LAYERS = (
-    ("types", "errors", "events", "weights", "units", "tokens", "skeleton"),
+    ("types", "errors", "events", "weights", "units", "tokens", "spool", "skeleton"),
     ("interfaces", "hookspecs", "quantize.qtensor"),
-    ("plugins",),
+    ("plugins", "quiet"),
     ("route", "quantize", "prove"),
-    ("pipeline", "stage"),
+    ("rundir", "texts", "preflight", "pipeline", "stage"),
     ("tune", "testing"),
     ("cli", "__main__"),
 )

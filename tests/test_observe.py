@@ -134,14 +134,19 @@ def linear(outputs, inputs):
     return lambda: nn.Linear(inputs, outputs, bias=False)
 
 
-def test_a_layer_that_never_runs_is_refused_by_name():
-    with pytest.raises(Unsupported, match="`Toy` did not run its layers idle"):
-        observe_toy(lambda self, x: self.used(x), used=linear(16, 16), idle=linear(16, 16))
+def test_layers_that_never_run_or_run_twice_are_refused_by_name():
+    with pytest.raises(Unsupported, match="`Toy` did not run each of its layers once: twice, idle"):
+        observe_toy(lambda self, x: self.used(self.twice(self.twice(x))), twice=linear(16, 16), used=linear(16, 16), idle=linear(16, 16))
 
 
 def test_a_producer_that_something_else_reads_too_is_still_only_a_candidate():
     """The probe looks at the consumer alone; folding verifies the whole block (tests/test_block.py)."""
-    groups = observe_toy(lambda self, x: self.down(self.up(x)) + self.up(x), up=linear(16, 16), down=linear(16, 16))
+
+    def run(self, x):
+        middle = self.up(x)
+        return self.down(middle) + middle
+
+    groups = observe_toy(run, up=linear(16, 16), down=linear(16, 16))
     assert [(group.layers, group.producer and group.producer.module) for group in groups] == [(("up",), None), (("down",), "up")]
 
 

@@ -12,7 +12,7 @@ from tiny_models import BLOCKS, FAMILIES, logits_of, random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qhub.errors import QhubError, Unsupported
-from qhub.skeleton import FloatWeights, Skeleton, batch_size, forward_dtype, read_tensor
+from qhub.skeleton import TOKENS_AT_ONCE, FloatWeights, Skeleton, batch_size, forward_dtype, read_tensor
 
 RUNNABLE = [family for family in FAMILIES if family != "mixtral"]
 
@@ -74,7 +74,7 @@ def test_tensors_belong_to_one_block_or_to_none():
     skeleton = Skeleton(FloatWeights(tiny_model("llama")))
     assert skeleton.block_names == ("model.layers.0", "model.layers.1")
     parts = [*(skeleton.tensors_of(index) for index in range(BLOCKS)), skeleton.outer_tensors()]
-    assert sorted(sum(parts, [])) == sorted(skeleton.files)
+    assert sorted(name for part in parts for name in part) == sorted(skeleton.files)
     assert sorted(parts[-1]) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
 
 
@@ -191,6 +191,7 @@ def test_forward_passes_of_small_models_are_float32():
     assert forward_dtype(torch.bfloat16, 4096, "cuda") == torch.bfloat16
 
 
-@pytest.mark.parametrize(("samples", "seq_len", "expected"), [(64, 512, 8), (6, 512, 6), (7, 1024, 1), (10, 8192, 1), (1, 16, 1)])
-def test_a_batch_divides_the_samples_and_is_not_too_long(samples, seq_len, expected):
-    assert batch_size(samples, seq_len) == expected
+@pytest.mark.parametrize(("samples", "fitting", "expected"), [(64, 8, 8), (6, 4, 3), (7, 4, 1), (10, 1, 1), (1, 100, 1)])
+def test_a_batch_divides_the_samples_and_is_not_too_long(samples, fitting, expected):
+    assert batch_size(samples, TOKENS_AT_ONCE // fitting) == expected
+    assert batch_size(samples, TOKENS_AT_ONCE * 2) == 1

@@ -95,7 +95,7 @@ def quantize(source: Path, out: Path, quantizer: object, scheme: str, **options:
     plan = WalkPlan(source, folder, work, quantizer, LayerChoice(Scheme.parse(scheme), overrides), ids, **options)
     result = walk(plan, Events(listener=listener))
     layers = {name: str(chosen) for name, chosen in result.schemes.items()}
-    facts = {"scheme": scheme, "method": quantizer.name, "layers": layers, "transposed": result.transposed}
+    facts = {"scheme": scheme, "method": quantizer.name, "layers": layers, "transposed": result.transposed, "subclassed": result.subclassed}
     finish(folder, source, result.schemes, result.ignored, facts)
     return result
 

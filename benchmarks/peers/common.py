@@ -18,10 +18,9 @@ from typing import TextIO
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-MODEL_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+MODEL_DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,7 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors files."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})
+        tensors.update(load_file(path))
     return tensors
 
 

@@ -60,11 +60,7 @@ def awq_mappings(job: Job) -> list[AWQMapping] | None:
     """None for the tool's own choice; where layers are ignored, a Llama's mappings without theirs (else it fails)."""
     if not job.ignore:
         return None
-    return [
-        mapping
-        for mapping in default_mappings
-        if not any(part in layer for part in job.ignore for layer in mapping.balance_layers)
-    ]
+    return [mapping for mapping in default_mappings if not any(part in layer for part in job.ignore for layer in mapping.balance_layers)]
 
 
 def quantize(model: torch.nn.Module, job: Job) -> None:

@@ -24,7 +24,8 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int, *, symmet
     scale = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)
     zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low / scale).round()
     codes = ((groups / scale).round() + zero).clamp(0, top)
-    return ((codes - zero) * scale).reshape(weight.shape)
+    restored: torch.Tensor = (codes - zero) * scale
+    return restored.reshape(weight.shape)
 
 
 def is_quantized(name: str, ignore: Collection[str]) -> bool:

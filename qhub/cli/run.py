@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from qhub.cli import App
-from qhub.errors import ExitCode, UsageError
+from qhub.errors import ExitCode, PluginError, UsageError
 from qhub.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from qhub.pipeline import Plan, RunRequest
+    from qhub.prove.report import Report
 
 DEFAULT_MODEL = "demo:llm"
 RECIPE = "recipe.yaml"
+#: What a recipe determines; the other options only say where and how it is carried out.
+_IN_RECIPE = ("plugins", "target", "scheme", "calib", "eval", "max_drop_pct", "seed", "samples", "seq_len", "overrides")
 
 
 @click.command()
@@ -51,7 +55,6 @@ def run(app: App, /, *, dry_run: bool, as_json: bool, **options: Any) -> ExitCod
 
     from qhub import pipeline
     from qhub.cli.report import show
-    from qhub.events import Events
 
     plan = pipeline.plan(request, app.plugins)
     if dry_run:
@@ -60,20 +63,38 @@ def run(app: App, /, *, dry_run: bool, as_json: bool, **options: Any) -> ExitCod
     app.output.text("\n".join(f"{name}: {text}" for name, text in plan_rows(plan)))
     for text in plan.route.warnings:
         app.output.warning(text)
-    app.resume = f"qhub run --resume --out {shlex.quote(str(plan.out))}"
-    report = pipeline.run(plan, app.plugins, Events(listener=app.output.progress), resume=request.resume)
+    report = _carry_out(app, plan, resume=request.resume)
     if as_json:
         app.output.json(report.to_json())
     else:
         show(app.output, report)
     app.output.text(f"files: {plan.out}")
+    if plan.finish is not None:
+        app.output.text(f"next: {plan.finish}")
     return ExitCode.OK if report.targets.met else ExitCode.TARGETS_NOT_MET
+
+
+def _carry_out(app: App, plan: Plan, *, resume: bool) -> Report:
+    """Run the plan; while it runs, and where it leaves something to go on from, an error says how to resume."""
+    from qhub import pipeline
+    from qhub.events import Events
+
+    app.resume = f"qhub run --resume --out {shlex.quote(str(plan.out))}"
+    try:
+        return pipeline.run(plan, app.plugins, Events(listener=app.output.progress), resume=resume)
+    except Exception as error:
+        if not (plan.out / RECIPE).exists():
+            app.resume = None
+        elif isinstance(error, PluginError):
+            raise PluginError(error.message, hint=f"{error.hint}; once it is mended, `{app.resume}` goes on") from error
+        raise
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """What will happen, as (what, text)."""
     route, estimate = plan.route, plan.estimate
-    way = [route.scheme, f"{route.exporter} files" if route.exporter else "no exporter", f"run by {route.runtime or 'nothing here'}"]
+    engine = f"run by {route.runtime}" if route.runtime else "no engine for it here"
+    way = [route.scheme, f"{route.exporter} files" if route.exporter else "no exporter", engine]
     rows = [
         ("model", f"{plan.recipe.model}: {plan.profile.architecture}, {plan.profile.parameters / 1e6:.4g} M parameters"),
         ("route", f"{route.method} for {route.target}: {', '.join(way)}"),
@@ -82,8 +103,6 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
     if estimate.get("seconds") is not None:
         rows.append(("time", f"about {human_seconds(estimate['seconds'])}"))
-    if route.missing:
-        rows.append(("missing", f"`pip install {' '.join(route.missing)}` would finish it"))
     return [*rows, ("out", str(plan.out))]
 
 
@@ -108,14 +127,31 @@ def _request(app: App, options: dict[str, Any]) -> RunRequest:
 
 def _source(app: App, model: str | None, recipe: Path | None, out: Path | None, *, resume: bool) -> dict[str, Any]:
     """What to work on when MODEL is omitted: the recipe, the interrupted run, the folder here, the demo; said on stderr."""
+    if recipe is not None:
+        _refuse_changes(f"`{recipe}`", "leave out `--recipe` to start from options")
     if model is not None or recipe is not None:
         return {}
     if resume and out is not None:
         if not (out / RECIPE).exists():
-            raise UsageError(f"`{out}` has no {RECIPE}: there is nothing to resume", hint="leave out `--resume` to start a run")
+            from qhub.preflight import nothing_to_resume
+
+            raise nothing_to_resume(out)
+        _refuse_changes(f"the run in `{out}`", f"`qhub run --resume --out {out}`")
         return {"recipe": out / RECIPE}
     if Path("config.json").exists():
         app.output.text("no MODEL given: taking the model folder here")
         return {"model": "."}
     app.output.text(f"no MODEL given: taking {DEFAULT_MODEL}")
     return {"model": DEFAULT_MODEL}
+
+
+def _refuse_changes(what: str, hint: str) -> None:
+    """Refuse options that a recipe already answers, rather than ignoring them.
+
+    :raises UsageError: naming the first one.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name in _IN_RECIPE:
+            raise UsageError(f"{what} already says what `{parameter.opts[0]}` would change", hint=hint)

@@ -76,9 +76,7 @@ def _baseline(measured: Mapping[str, Any], result: QuantizedResult) -> BaselineR
     if "baseline" not in measured:
         return None
     drop = drop_pct(measured["float"]["accuracy"], measured["baseline"]["accuracy"])
-    return BaselineResult(
-        method="rtn", bytes=result.bytes, bits_per_weight=result.bits_per_weight, drop_pct=drop, **measured["baseline"]
-    )
+    return BaselineResult(method="rtn", bytes=result.bytes, bits_per_weight=result.bits_per_weight, drop_pct=drop, **measured["baseline"])
 
 
 def _artifact(item: Mapping[str, Any], parity: Mapping[str, Any]) -> ArtifactResult:

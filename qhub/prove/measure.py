@@ -19,11 +19,11 @@ from qhub.types import Calibration, as_json
 
 def measure(folder: Path, source: Path | None, data: Calibration, events: Events) -> dict[str, Any]:
     """Perplexity and next-token accuracy of `folder`; divergence from the float model in `source` where there is one."""
-    ids = torch.from_numpy(read_windows(load_tokenizer(folder), Path(data.data), data.samples, data.seq_len).ids)
+    ids = torch.from_numpy(read_windows(load_tokenizer(folder), Path(data.data), data.samples, data.seq_len, all_there_is=True).ids)
     found: dict[str, Any] = {
         "model": str(folder),
         "data": data.data,
-        "windows": data.samples,
+        "windows": len(ids),
         "seq_len": data.seq_len,
         "stride": data.seq_len - 1,
         "metric": "next_token_accuracy",

@@ -6,7 +6,6 @@ the forward dtype. While the block runs, two streams of hidden states exist: the
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from qhub.quantize.observe import LayerGroup, Producer, get_weight, is_transpose
 from qhub.quantize.qtensor import QTensor
 from qhub.skeleton import BlockCall, run_block
 from qhub.spool import Spool
-from qhub.types import Scheme
+from qhub.types import Scheme, last_match
 
 SAMPLE_BATCHES = 4  # batches whose outputs judge an input scale
 
@@ -35,11 +34,8 @@ class LayerChoice:
 
     def of(self, name: str) -> Scheme | None:
         """The scheme of layer `name` (full name); the last matching pattern wins."""
-        chosen: Scheme | None = self.scheme
-        for pattern, scheme in self.overrides.items():
-            if fnmatch.fnmatchcase(name, pattern) or name.endswith(f".{pattern}"):
-                chosen = scheme
-        return chosen
+        pattern = last_match(name, self.overrides)
+        return self.scheme if pattern is None else self.overrides[pattern]
 
 
 class LiveGroup:
@@ -90,7 +86,8 @@ class LiveBlock:
     choice: LayerChoice
     hidden: Spool | None  # the quantized model's hidden states that enter the block; None: no data needed
     wanted: frozenset[str] = frozenset()
-    float_inputs: Mapping[tuple[str, ...], Spool] = field(default_factory=dict)
+    float_inputs: Mapping[tuple[str, ...], Spool] = field(default_factory=dict)  # by the group's layers
+    float_residuals: Mapping[tuple[str, ...], Spool] = field(default_factory=dict)
     probe: tuple[torch.Tensor, BlockCall] | None = None  # a short input on which a fold must not change the output
     results: dict[str, QTensor] = field(default_factory=dict)
     folded: dict[str, torch.Tensor] = field(default_factory=dict)  # layer → float32 weight with scales folded in
@@ -143,9 +140,11 @@ class LiveBlock:
         for batch, hidden in enumerate(self.hidden):
             with ExitStack() as stack:
                 for group in groups:
+                    tap = _Tap(group, self._float_batch(group, batch), stop=group.shape.layers[0] == last and not keep_samples)
+                    if not keep_samples:
+                        self._tap_residual(stack, tap, hidden, batch)
                     layer = self.module.get_submodule(group.shape.layers[0])
-                    hook = _stopping_hook(group, self._float_batch(group, batch), stop=group.shape.layers[0] == last and not keep_samples)
-                    stack.callback(layer.register_forward_pre_hook(hook).remove)
+                    stack.callback(layer.register_forward_pre_hook(tap.see).remove)
                     if keep_samples and batch < SAMPLE_BATCHES:
                         self._watch(stack, group.shape)
                 self._run(hidden)
@@ -158,6 +157,21 @@ class LiveBlock:
             return None
         inputs = spool[batch]
         return inputs if group.input_scale is None else (inputs.float() / group.input_scale)
+
+    def _tap_residual(self, stack: ExitStack, tap: _Tap, hidden: torch.Tensor, batch: int) -> None:
+        """Let `tap` know how far the residual stream is behind the float model's where the group adds to it."""
+        name, spool = tap.group.shape.residual, self.float_residuals.get(tap.group.shape.layers)
+        if name is None or spool is None:
+            return
+        expected = spool[batch]
+        if name == "":
+            tap.missed = expected.float() - hidden.float()
+            return
+
+        def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            tap.missed = expected.float() - args[0].float()
+
+        stack.callback(self.module.get_submodule(name).register_forward_pre_hook(see).remove)
 
     def _run(self, hidden: torch.Tensor) -> None:
         with suppress(_Enough):
@@ -298,13 +312,20 @@ class _Enough(Exception):
     """Stops a forward pass after the last input that statistics need."""
 
 
-def _stopping_hook(group: LiveGroup, float_inputs: torch.Tensor | None, *, stop: bool) -> Any:  # noqa: ANN401 - a hook
-    def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        group.stats.add(args[0], float_inputs)
-        if stop:
-            raise _Enough
+@dataclass
+class _Tap:
+    """Feeds what enters a group's first layer into its statistics."""
 
-    return see
+    group: LiveGroup
+    float_inputs: torch.Tensor | None
+    stop: bool
+    missed: torch.Tensor | None = None
+
+    def see(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook."""
+        self.group.stats.add(args[0], self.float_inputs, self.missed)
+        if self.stop:
+            raise _Enough
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -19,11 +19,15 @@ class InputStatistics:
     tokens: int = 0
     _gram: torch.Tensor | None = field(default=None, repr=False)
     _drift: torch.Tensor | None = field(default=None, repr=False)
+    _residual: torch.Tensor | None = field(default=None, repr=False)
     _abs_sum: torch.Tensor | None = field(default=None, repr=False)
     _finished: bool = False
 
-    def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None) -> None:
-        """Count a batch: inputs (…, K) of the quantized stream, and the same tokens' inputs in the float model."""
+    def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None, missed: torch.Tensor | None = None) -> None:
+        """Count a batch: inputs (…, K) of the quantized stream, and the same tokens' inputs in the float model.
+
+        `missed` (…, N) is how far the residual stream, before this layer adds to it, is behind the float model's.
+        """
         flat = inputs.reshape(-1, self.inputs)
         self.tokens += len(flat)
         values = flat.float()
@@ -35,6 +39,9 @@ class InputStatistics:
             moved = float_inputs.reshape(-1, self.inputs).float() - values
             self._drift = _accumulate(self._drift, moved, values)
 
+        if "drift" in self.wanted and missed is not None:
+            self._residual = _accumulate(self._residual, missed.reshape(len(flat), -1).float(), values)
+
     def rescale(self, scale: torch.Tensor) -> None:
         """Account for an input scale (K,) folded into the producer after these statistics were taken."""
         scale = scale.to(self.abs_mean)
@@ -42,10 +49,12 @@ class InputStatistics:
         for matrix in (self._gram, self._drift):
             if matrix is not None:
                 matrix.div_(scale).div_(scale.unsqueeze(1))
+        if self._residual is not None:
+            self._residual.div_(scale)
 
     def finish(self) -> InputStatistics:
         """Turn sums into means, in place; call once."""
-        for matrix in (self._gram, self._drift, self._abs_sum):
+        for matrix in (self._gram, self._drift, self._residual, self._abs_sum):
             if matrix is not None:
                 matrix.div_(max(self.tokens, 1))
         self._finished = True
@@ -62,6 +71,11 @@ class InputStatistics:
         return self._drift
 
     @property
+    def residual(self) -> torch.Tensor | None:
+        """Σ (r_float − r) xᵀ / T, (N, K) float32, for the residual stream r that the layer's output is added to."""
+        return self._residual
+
+    @property
     def abs_mean(self) -> torch.Tensor:
         """Mean |x|, (K,) float32."""
         if self._abs_sum is None:
@@ -70,7 +84,7 @@ class InputStatistics:
 
 
 def _accumulate(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """total + leftᵀ·right, (K, K), reusing the memory of `total`."""
+    """total + leftᵀ·right, reusing the memory of `total`."""
     if total is None:
         return left.t() @ right
     return total.addmm_(left.t(), right)

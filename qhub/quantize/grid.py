@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qhub.quantize.linalg import output_loss
 from qhub.quantize.qtensor import QTensor, encode, group_size_of, round_scale
 from qhub.types import Scheme
 
@@ -118,3 +119,34 @@ class _Search:
         """codes − zero, (N, G, group_size) float32."""
         zero = grid.zero.unsqueeze(-1)
         return torch.round(self.grouped / grid.scale.unsqueeze(-1)).clamp_(-zero, self.top - zero)
+
+
+def fit_scales(weight: torch.Tensor, tensor: QTensor, gram: torch.Tensor, dtype: torch.dtype) -> Grid:
+    """The scales of least output error for fixed codes: a G×G least-squares problem per row under `gram` (K, K).
+
+    weight (N, K) float32. Zeros stay. A scale that would move by more than a factor of two stays as it is.
+    """
+    rows, groups = tensor.scale.shape
+    shifted = tensor.codes.reshape(rows, groups, -1).float() - tensor.zero.unsqueeze(-1)
+    flat = shifted.reshape(weight.shape)
+    right = ((weight @ gram) * flat).reshape(rows, groups, -1).sum(-1)
+    left = torch.empty(rows, groups, groups, device=weight.device)
+    size = tensor.group_size
+    for group in range(groups):
+        products = shifted[:, group] @ gram[group * size : (group + 1) * size]
+        left[:, group] = (products * flat).reshape(rows, groups, -1).sum(-1)
+    ridge = 1e-4 * left.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(1e-20)
+    left.diagonal(dim1=1, dim2=2).add_(ridge)
+    right += ridge * tensor.scale
+    fitted = torch.linalg.solve(left, right.unsqueeze(-1)).squeeze(-1)
+    usable = (fitted > 0.5 * tensor.scale) & (fitted < 2 * tensor.scale)
+    return Grid(torch.where(usable, round_scale(fitted.clamp_min(_SMALLEST), dtype), tensor.scale), tensor.zero)
+
+
+def better_rows(weight: torch.Tensor, gram: torch.Tensor, one: QTensor, other: QTensor) -> QTensor:
+    """Row by row the one of two quantizations of `weight` (N, K) with the smaller output error under `gram` (K, K)."""
+    take_other = output_loss(other.dequantize() - weight, gram) < output_loss(one.dequantize() - weight, gram)
+    pick = take_other.unsqueeze(1)
+    codes = torch.where(pick, other.codes, one.codes)
+    scale, zero = torch.where(pick, other.scale, one.scale), torch.where(pick, other.zero, one.zero)
+    return QTensor(codes, scale, zero, one.bits, one.symmetric)

@@ -76,13 +76,15 @@ def solve_right(right: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return solution
 
 
-def compensate(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def compensate(weight: torch.Tensor, drift: torch.Tensor, factor: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """The weight that comes closest, on the quantized model's inputs, to what `weight` gives on the float model's.
 
-    W + W·drift·H⁻¹: least squares over the calibration tokens. Source: the asymmetric calibration of GPTAQ
+    W + (W·drift + residual)·H⁻¹: least squares over the calibration tokens; with `residual` (N, K) the layer also makes up
+    for what the residual stream it adds to has lost so far. Source: the asymmetric calibration of GPTAQ
     (arXiv 2504.02692), here solved once before rounding instead of column by column.
     """
-    return weight + solve_right(weight @ drift, factor)
+    wanted = weight @ drift
+    return weight + solve_right(wanted if residual is None else wanted.add_(residual), factor)
 
 
 def output_loss(delta: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

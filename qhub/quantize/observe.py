@@ -43,6 +43,9 @@ class LayerGroup:
     inputs: int
     container: str
     producer: Producer | None = None
+    #: For a layer whose output is added to the residual stream: the module that reads the stream before the addition
+    #: (`""`: the block itself). Found numerically: what enters a later module is that stream plus this layer's output.
+    residual: str | None = None
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -79,7 +82,8 @@ def observe(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> tuple[La
     for layers in trace.sharing():
         inputs = get_weight(block.get_submodule(layers[0])).shape[1]
         producer = _find_producer(block, trace, layers, hidden, call)
-        groups.append(LayerGroup(layers, inputs, _container(layers), producer))
+        residual = _residual(trace, layers[0]) if len(layers) == 1 else None
+        groups.append(LayerGroup(layers, inputs, _container(layers), producer, residual))
     return tuple(groups)
 
 
@@ -111,6 +115,9 @@ class _Trace:
     order: list[str]  # linear layers in execution order
     inputs: dict[str, torch.Tensor]
     makers: dict[_Key, str]  # memory of an output → the module that made it
+    outputs: dict[str, torch.Tensor]  # of linear layers
+    readers: dict[str, torch.Tensor]  # what enters modules that are no linear layers; `""`: the block
+    result: torch.Tensor  # what leaves the block
 
     def sharing(self) -> list[tuple[str, ...]]:
         groups: dict[_Key, list[str]] = {}
@@ -124,13 +131,17 @@ def _key(tensor: torch.Tensor) -> _Key:
 
 
 def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> _Trace:
-    trace = _Trace([], {}, {})
+    trace = _Trace([], {}, {}, {}, {"": hidden}, hidden)
     kept: list[torch.Tensor] = []  # holds every tensor seen, so that no memory is used twice while we watch
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401 - any module
         if args and isinstance(args[0], torch.Tensor) and is_matrix(module):
             trace.order.append(name)
             trace.inputs[name] = args[0]
+            trace.outputs[name] = output
+            kept.append(args[0])
+        elif args and isinstance(args[0], torch.Tensor):
+            trace.readers.setdefault(name, args[0])
             kept.append(args[0])
         if isinstance(output, torch.Tensor):
             kept.append(output)
@@ -141,12 +152,26 @@ def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> _Trace:
             if not any(module.children()):
                 hook = module.register_forward_hook(lambda m, a, o, name=name: see(name, m, a, o))
                 stack.callback(hook.remove)
-        run_block(block, hidden, call)
-    idle = [name for name, module in block.named_modules() if is_matrix(module) and name not in trace.inputs]
-    if idle:
-        message = f"`{type(block).__name__}` did not run its layers {', '.join(idle)}"
-        raise Unsupported(message, hint="qhub quantizes blocks whose linear layers all run for every token")
+        trace.result = run_block(block, hidden, call)
+    odd = [name for name, module in block.named_modules() if is_matrix(module) and trace.order.count(name) != 1]
+    if odd:
+        message = f"`{type(block).__name__}` did not run each of its layers once: {', '.join(odd)}"
+        raise Unsupported(message, hint="qhub quantizes blocks whose linear layers all run once for every token")
     return trace
+
+
+def _residual(trace: _Trace, layer: str) -> str | None:
+    """The reader of the stream that `layer`'s output is added to, or None when no sum of the two is seen."""
+    output = trace.outputs[layer]
+    for name, before in trace.readers.items():
+        if before.shape != output.shape:
+            continue
+        total = before + output
+        tolerance = 1e-5 * float(total.abs().max())
+        for after in (*trace.readers.values(), trace.result):
+            if after.shape == total.shape and after is not before and torch.allclose(after, total, rtol=1e-5, atol=tolerance):
+                return name
+    return None
 
 
 def _container(layers: tuple[str, ...]) -> str:

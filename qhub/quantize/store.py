@@ -4,6 +4,9 @@ One shard per decoder block, one for everything else, and an index: a block's fi
 run never holds or rewrites more than one block. Layout of a layer X (N, K), source compressed-tensors `pack_quantized`:
     X.weight_packed int32 (N, ceil(K·bits/32)) · X.weight_scale (N, G) in the model's dtype · X.weight_shape int64 (2,)
     X.weight_zero_point int32 (ceil(N·bits/32), G), only if asymmetric
+Two cases that transformers can only read from blocks of scales (`Placement`); vLLM refuses those:
+    asymmetric layers beside layers of another scheme: X.weight_zero_point int8 (N, G), less 2**(bits−1), not packed
+    layers whose float files hold (K, N), as GPT-2's do: all of it transposed, packed along N; zero points as above (G, N)
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +35,57 @@ _CT_VERSION = "0.15.0"  # the oldest compressed-tensors whose layout this is
 _COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "added_tokens.json")
 
 
-def layer_tensors(name: str, tensor: QTensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Placement:
+    """Where a layer's scales lie: a compressed-tensors strategy, and for "block" how many rows and columns share one."""
+
+    strategy: str
+    block: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, scheme: Scheme, columns: int, *, transposed: bool, plain_zeros: bool) -> Placement:
+        """The placement of a layer of K = `columns` inputs, stored as `layer_tensors` does with the same switches."""
+        if transposed:  # one scale per column of (K, N): "tensor" is what compressed-tensors multiplies as it lies
+            return cls("block", (scheme.group_size, 1)) if scheme.group_size else cls("tensor")
+        if plain_zeros and not scheme.symmetric:
+            return cls("block", (1, scheme.group_size or columns))
+        return cls("group" if scheme.group_size else "channel")
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the layer is stored as (K, N)."""
+        return self.strategy == "tensor" or (self.block is not None and self.block[1] == 1)
+
+
+def has_plain_zeros(schemes: Iterable[Scheme]) -> bool:
+    """Whether a model of these schemes stores zero points unpacked.
+
+    transformers 5 reads packed ones only while it loads (`dequantize`), and takes every layer for one of the first scheme.
+    """
+    different = set(schemes)
+    return len(different) > 1 and not all(scheme.symmetric for scheme in different)
+
+
+def layer_tensors(
+    name: str, tensor: QTensor, dtype: torch.dtype, *, transposed: bool = False, plain_zeros: bool = False
+) -> dict[str, torch.Tensor]:
     """The stored tensors of layer `name` (without `.weight`); `dtype` is the model's."""
-    rows, columns = tensor.codes.shape
+    codes, scale = (tensor.codes.t(), tensor.scale.t()) if transposed else (tensor.codes, tensor.scale)
     stored = {
-        f"{name}.weight_packed": pack(tensor.codes, tensor.bits),
-        f"{name}.weight_scale": tensor.scale.to(dtype),
-        f"{name}.weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+        f"{name}.weight_packed": pack(codes.contiguous(), tensor.bits),
+        f"{name}.weight_scale": scale.to(dtype).contiguous(),
+        f"{name}.weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
     }
     if not tensor.symmetric:
-        zero = tensor.zero.to(torch.uint8).t().contiguous()
-        stored[f"{name}.weight_zero_point"] = pack(zero, tensor.bits).t().contiguous()
+        stored[f"{name}.weight_zero_point"] = _stored_zero(tensor, transposed=transposed, plain=plain_zeros)
     return stored
+
+
+def _stored_zero(tensor: QTensor, *, transposed: bool, plain: bool) -> torch.Tensor:
+    if transposed or plain:
+        zero = (tensor.zero - 2 ** (tensor.bits - 1)).to(torch.int8)
+        return (zero.t() if transposed else zero).contiguous()
+    return pack(tensor.zero.to(torch.uint8).t().contiguous(), tensor.bits).t().contiguous()
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -57,9 +100,12 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - JSON
-    """Write JSON beside `path` and rename it into place."""
+    """Write JSON beside `path` and rename it into place, synced to disk."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.rename(path)
 
 
@@ -75,7 +121,8 @@ def finish(folder: Path, source: Path, schemes: Mapping[str, Scheme], ignored: l
     total = sum(info.bytes for info in files.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(schemes, ignored)
+    placements = _placements(files, schemes, metadata)
+    config["quantization_config"] = quantization_config(schemes, ignored, placements, expand=bool(metadata.get("subclassed")))
     write_json(folder / "config.json", config)
     for pattern in _COPIED:
         for path in source.glob(pattern):
@@ -83,20 +130,34 @@ def finish(folder: Path, source: Path, schemes: Mapping[str, Scheme], ignored: l
     write_json(folder / METADATA, {"format_version": FORMAT_VERSION, "kind": "weights", **metadata})
 
 
-def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json: layers (full names) by scheme; one group of `Linear` if there is one scheme."""
-    by_scheme: dict[str, list[str]] = {}
+def _placements(files: WeightFiles, schemes: Mapping[str, Scheme], metadata: Mapping[str, Any]) -> dict[str, Placement]:
+    """Where each layer's scales lie, by what the files hold."""
+    transposed = frozenset(metadata.get("transposed", ()))
+    found = {}
     for name, scheme in schemes.items():
-        by_scheme.setdefault(str(scheme), []).append(name)
+        columns = int(read_tensor(files, f"{name}.weight_shape")[1])
+        plain = not scheme.symmetric and files[f"{name}.weight_zero_point"].dtype == "I8"
+        found[name] = Placement.of(scheme, columns, transposed=name in transposed, plain_zeros=plain)
+    return found
+
+
+def quantization_config(
+    schemes: Mapping[str, Scheme], ignored: list[str], placements: Mapping[str, Placement] | None = None, *, expand: bool = False
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json: layers (full names) by scheme; one group of `Linear` if there is one scheme.
+
+    `expand` makes transformers expand the weights as it loads them; where it could not load them otherwise, it does so anyway.
+    """
+    alike: dict[tuple[str, Placement], list[str]] = {}
+    for name, scheme in schemes.items():
+        plain = Placement.of(scheme, 0, transposed=False, plain_zeros=False)
+        alike.setdefault((str(scheme), (placements or {}).get(name, plain)), []).append(name)
     groups = {}
-    for index, (scheme_text, names) in enumerate(sorted(by_scheme.items())):
-        targets = ["Linear"] if len(by_scheme) == 1 else sorted(names)
-        groups[f"group_{index}"] = _config_group(Scheme.parse(scheme_text), targets)
-    # transformers expands int4 weights anyway; packed zero points it can only read while it loads (compressed-tensors
-    # 0.18 to 0.20 build an unpacked place for them otherwise). vLLM ignores the key.
-    loading = {} if all(scheme.symmetric for scheme in schemes.values()) else {"dequantize": True}
+    for index, ((scheme_text, placement), names) in enumerate(sorted(alike.items(), key=str)):
+        targets = ["Conv1D" if placement.is_transposed else "Linear"] if len(alike) == 1 else sorted(names)
+        groups[f"group_{index}"] = _config_group(Scheme.parse(scheme_text), placement, targets)
     return {
-        **loading,
+        **({"dequantize": True} if expand or any(_must_expand(Scheme.parse(text), placement) for text, placement in alike) else {}),
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
@@ -110,16 +171,25 @@ def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str]) -> di
     }
 
 
-def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+def _must_expand(scheme: Scheme, placement: Placement) -> bool:
+    """Whether transformers has to expand such layers as it loads them; later it does so anyway. vLLM ignores the key.
+
+    It cannot hold packed zero points (compressed-tensors 0.18 to 0.20 build an unpacked place for them), in a Conv1D
+    nothing packed at all, and the code of a model with linear layers of its own class (Falcon) asks them for their weight.
+    """
+    return placement.is_transposed or (placement.block is None and not scheme.symmetric)
+
+
+def _config_group(scheme: Scheme, placement: Placement, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.weight_bits,
         "type": "int",
         "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
+        "strategy": placement.strategy,
+        "group_size": scheme.group_size if placement.strategy == "group" else None,
         "dynamic": False,
         "actorder": None,
-        "block_structure": None,
+        "block_structure": None if placement.block is None else list(placement.block),
         "observer": "minmax",
         "observer_kwargs": {},
     }
@@ -155,20 +225,25 @@ class QuantizedWeights:
         layer = name.removesuffix(".weight")
         dtype = read_tensor(self.files, f"{layer}.weight_scale").dtype
         weight = self.layer(layer).dequantize(dtype)
-        return weight.t() if layer in self.transposed else weight
+        return weight.t().contiguous() if layer in self.transposed else weight
 
     def layer(self, name: str) -> QTensor:
         """The QTensor of layer `name`, read back from its packed form."""
-        scheme = self.schemes[name]
+        bits, symmetric = self.schemes[name].weight_bits, self.schemes[name].symmetric
+        turned = name in self.transposed
         rows, columns = read_tensor(self.files, f"{name}.weight_shape").tolist()
-        codes = unpack(read_tensor(self.files, f"{name}.weight_packed"), scheme.weight_bits, columns)
+        codes = unpack(read_tensor(self.files, f"{name}.weight_packed"), bits, columns)
         scale = read_tensor(self.files, f"{name}.weight_scale").float()
-        if scheme.symmetric:
-            zero = torch.full_like(scale, 2.0 ** (scheme.weight_bits - 1))
-        else:
-            packed = read_tensor(self.files, f"{name}.weight_zero_point").t().contiguous()
-            zero = unpack(packed, scheme.weight_bits, rows).t().float().contiguous()
-        return QTensor(codes, scale, zero, scheme.weight_bits, scheme.symmetric)
+        zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else self._zero(name, bits, rows)
+        if turned:
+            codes, scale, zero = codes.t().contiguous(), scale.t().contiguous(), zero.t().contiguous()
+        return QTensor(codes, scale, zero, bits, symmetric)
+
+    def _zero(self, name: str, bits: int, rows: int) -> torch.Tensor:
+        stored = read_tensor(self.files, f"{name}.weight_zero_point")
+        if stored.dtype == torch.int8:
+            return stored.float() + 2 ** (bits - 1)
+        return unpack(stored.t().contiguous(), bits, rows).t().float().contiguous()
 
     def bytes_by_class(self) -> dict[str, int]:
         """Stored bytes of codes, scales and zeros, embeddings and head, and of what else stays float."""

@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from qhub.errors import QhubError, Unsupported
+from qhub.errors import DamagedModelError, QhubError, Unsupported
 from qhub.events import Events, Progress, rss_bytes
 from qhub.interfaces import Quantizer
 from qhub.quantize.block import LayerChoice, LiveBlock
 from qhub.quantize.observe import PROBE_TOKENS, LayerGroup, each_matrix, is_transposed, observe
-from qhub.quantize.store import layer_tensors, shard_name, write_json, write_shard
+from qhub.quantize.store import has_plain_zeros, layer_tensors, shard_name, write_json, write_shard
 from qhub.skeleton import BlockCall, FloatWeights, Skeleton, batch_size, forward_dtype, run_block
 from qhub.spool import Spool
 from qhub.types import Scheme
+from qhub.weights import read_header
+
+_STREAMS = ("float", "quantized")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class WalkResult:
     notes: dict[str, str] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)  # relative squared output error after each block
     transposed: list[str] = field(default_factory=list)  # layers whose float files hold (K, N), as GPT-2's do
+    subclassed: list[str] = field(default_factory=list)  # layers of a class of their own, as Falcon's are
 
     def add(self, note: Mapping[str, Any]) -> None:
         """Count a block from its note."""
@@ -62,6 +66,7 @@ class WalkResult:
         self.notes.update(note["notes"])
         self.errors.append(note["error"])
         self.transposed.extend(note["transposed"])
+        self.subclassed.extend(note["subclassed"])
 
 
 def walk(plan: WalkPlan, events: Events) -> WalkResult:
@@ -71,6 +76,14 @@ def walk(plan: WalkPlan, events: Events) -> WalkResult:
     :raises QhubError: when weights are damaged or memory runs over the bound.
     """
     return _Walk(plan, events).run()
+
+
+@dataclass(frozen=True)
+class _FloatSide:
+    """What the float model saw in one block, by the layers of a group, a batch per entry."""
+
+    inputs: dict[tuple[str, ...], Spool]
+    residuals: dict[tuple[str, ...], Spool]
 
 
 class _Walk:
@@ -88,6 +101,7 @@ class _Walk:
         self.calls: list[BlockCall] = []
         self.probe: tuple[torch.Tensor, list[BlockCall]] | None = None
         self.streams: dict[str, Spool] = {}
+        self.plain_zeros = False  # how zero points are stored, once the schemes are known
 
     def run(self) -> WalkResult:
         self._check_layers()
@@ -107,26 +121,44 @@ class _Walk:
         return result
 
     def _check_layers(self) -> None:
-        """Refuse before a weight is read: blocks with other matrices, and layers that the group size does not divide."""
-        bad = []
+        """Refuse before a weight is read: blocks with other matrices, layers that the group size does not divide, odd mixtures."""
+        bad, special, schemes = [], {}, set()
         for index, prefix in enumerate(self.skeleton.block_names):
-            for name, inputs in ((name, shape.inputs) for shape in each_matrix(self.skeleton.empty_block(index)) for name in shape.layers):
+            block = self.skeleton.empty_block(index)
+            for name, inputs in ((name, shape.inputs) for shape in each_matrix(block) for name in shape.layers):
                 scheme = self.plan.choice.of(f"{prefix}.{name}")
-                if scheme is not None and inputs % (scheme.group_size or inputs):
+                if scheme is None:
+                    continue
+                schemes.add(scheme)
+                if type(block.get_submodule(name)) is not nn.Linear:
+                    special[f"{prefix}.{name}"] = type(block.get_submodule(name)).__name__
+                if inputs % (scheme.group_size or inputs):
                     bad.append((f"{prefix}.{name}", inputs, scheme))
-        if bad:
-            named = ", ".join(f"`{name}` ({inputs} inputs, {scheme})" for name, inputs, scheme in bad)
-            message = f"the group size does not divide the inputs of {named}"
-            hint = f"keep such layers in float: `--override '{bad[0][0].rpartition('.')[2]}=float'`, or choose a smaller group"
-            raise Unsupported(message, hint=hint)
+        _refuse_undividable(bad)
+        _refuse_mixture(special, schemes)
+        self.skeleton.check_blocks()
+        self.plain_zeros = has_plain_zeros(schemes)
 
     def _done_blocks(self, result: WalkResult) -> int:
-        for index in range(self.count):
-            path = self.plan.work / f"block-{index:05d}.json"
-            if not path.exists() or not (self.plan.out / shard_name(index + 1, self.count + 1)).exists():
-                return index
-            result.add(json.loads(path.read_text(encoding="utf-8")))
-        return self.count
+        """How many blocks need not be done again: those with note and shard, as far back as the next one's hidden states are kept."""
+        notes: list[dict[str, Any]] = []
+        while len(notes) < self.count and (note := self._note(len(notes))) is not None:
+            notes.append(note)
+        if self.plan.ids is not None and len(notes) < self.count:
+            while notes and not all(self._stream_path(name, len(notes)).exists() for name in _STREAMS):
+                notes.pop()
+        for note in notes:
+            result.add(note)
+        return len(notes)
+
+    def _note(self, index: int) -> dict[str, Any] | None:
+        """What was noted when block `index` was done; None when it was not, or what it left cannot be read."""
+        try:
+            read_header(self.plan.out / shard_name(index + 1, self.count + 1))
+            note: dict[str, Any] = json.loads((self.plan.work / f"block-{index:05d}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, QhubError):
+            return None
+        return note
 
     def _write_outer(self, result: WalkResult) -> None:
         names = self.skeleton.outer_tensors()
@@ -136,7 +168,8 @@ class _Walk:
             tensors = {name: self.skeleton.files.read(name) for name in names}
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise QhubError(f"tensor `{name}` contains NaN or infinite numbers", hint="the file is damaged: get it again")
+                    message = f"tensor `{name}` contains NaN or infinite numbers"
+                    raise DamagedModelError(message, hint="the file is damaged or the training diverged: get the weights again")
             write_shard(path, tensors)
 
     def _start_streams(self, ids: torch.Tensor, done: int) -> None:
@@ -147,7 +180,7 @@ class _Walk:
         probe_hidden, probe_calls = self.skeleton.embed(ids[:1, :PROBE_TOKENS])
         self.probe = probe_hidden.float(), probe_calls
         limit = self.plan.hidden_limit_bytes // 4
-        self.streams = {name: Spool(self.plan.work / f"{name}.spool", limit) for name in ("float", "quantized")}
+        self.streams = {name: Spool(self.plan.work / f"{name}.spool", limit) for name in _STREAMS}
         if done:
             shapes = [hidden.shape] * (len(ids) // batch)
             for name, stream in self.streams.items():
@@ -165,15 +198,13 @@ class _Walk:
     def _one_block(self, index: int) -> dict[str, Any]:
         shapes = self._shapes(index)
         with self.skeleton.block(index) as module, ExitStack() as stack:
-            float_inputs = self._run_float(module, index, shapes, stack)
-            block = self._live_block(index, module, shapes, float_inputs)
+            side = self._run_float(module, index, shapes, stack)
+            block = self._live_block(index, module, shapes, side)
             self.plan.quantizer.quantize_block(block)
             error = self._run_quantized(module, index) if self.streams else _weight_error(self.skeleton, block)
             return self._write_block(block, error)
 
-    def _live_block(
-        self, index: int, module: nn.Module, shapes: Sequence[LayerGroup], float_inputs: Mapping[tuple[str, ...], Spool]
-    ) -> LiveBlock:
+    def _live_block(self, index: int, module: nn.Module, shapes: Sequence[LayerGroup], side: _FloatSide) -> LiveBlock:
         probe = None if self.probe is None else (self.probe[0], self.probe[1][index])
         return LiveBlock(
             index=index,
@@ -185,7 +216,8 @@ class _Walk:
             choice=self.plan.choice,
             hidden=self.streams.get("quantized"),
             wanted=self.plan.quantizer.needs,
-            float_inputs=float_inputs,
+            float_inputs=side.inputs,
+            float_residuals=side.residuals,
             probe=probe,
         )
 
@@ -201,26 +233,39 @@ class _Walk:
                     self.shapes[form] = observe(exact, self.probe[0], _as_float32(self.probe[1][index]))
         return self.shapes[form]
 
-    def _run_float(self, module: nn.Module, index: int, shapes: Sequence[LayerGroup], stack: ExitStack) -> dict[tuple[str, ...], Spool]:
-        """Move the float stream through the block; keep what enters each group if the quantizer asks for drift."""
+    def _run_float(self, module: nn.Module, index: int, shapes: Sequence[LayerGroup], stack: ExitStack) -> _FloatSide:
+        """Move the float stream through the block; keep what the quantizer's "drift" needs of it."""
         stream = self.streams.get("float")
+        side = _FloatSide({}, {})
         if stream is None:
-            return {}
-        kept: dict[tuple[str, ...], Spool] = {}
-        if "drift" in self.plan.quantizer.needs:
-            limit = self.plan.hidden_limit_bytes // (2 * len(shapes))
-            for number, shape in enumerate(shapes):
-                spool = kept[shape.layers] = Spool(self.plan.work / f"inputs-{number}.spool", limit)
-                stack.callback(spool.close)
+            return side
         with ExitStack() as hooks:
-            for shape in shapes:
-                if shape.layers in kept:
-                    layer, spool = module.get_submodule(shape.layers[0]), kept[shape.layers]
-                    hook = layer.register_forward_pre_hook(lambda _m, args, spool=spool: spool.append(args[0].detach()))
-                    hooks.callback(hook.remove)
+            if "drift" in self.plan.quantizer.needs:
+                self._keep_float_side(side, module, shapes, stack, hooks)
+            whole = [shape.layers for shape in shapes if shape.residual == "" and shape.layers in side.residuals]
             for batch in range(len(stream)):
-                stream[batch] = run_block(module, stream[batch], self.calls[index])
-        return kept
+                hidden = stream[batch]
+                for layers in whole:
+                    side.residuals[layers].append(hidden)
+                stream[batch] = run_block(module, hidden, self.calls[index])
+        return side
+
+    def _keep_float_side(
+        self, side: _FloatSide, module: nn.Module, shapes: Sequence[LayerGroup], stack: ExitStack, hooks: ExitStack
+    ) -> None:
+        """Spools for what enters each group, and for the residual stream where a group adds to it."""
+        limit = self.plan.hidden_limit_bytes // (4 * len(shapes))
+        for number, shape in enumerate(shapes):
+            for kind, spools, reader in (("inputs", side.inputs, shape.layers[0]), ("residual", side.residuals, shape.residual)):
+                if reader is None:
+                    continue
+                spool = spools[shape.layers] = Spool(self.plan.work / f"{kind}-{number}.spool", limit)
+                stack.callback(spool.close)
+                if reader != "":
+                    hook = module.get_submodule(reader).register_forward_pre_hook(
+                        lambda _m, args, spool=spool: spool.append(args[0].detach())
+                    )
+                    hooks.callback(hook.remove)
 
     def _run_quantized(self, module: nn.Module, index: int) -> float:
         """Move the quantized stream through the quantized block; returns how far it is from the float stream, squared, relative."""
@@ -243,18 +288,22 @@ class _Walk:
             inside = self.skeleton.inside(name, index)
             layer = inside.removesuffix(".weight")
             if layer in block.results and inside.endswith(".weight"):
-                tensors.update(layer_tensors(f"{prefix}.{layer}", block.results[layer], self.skeleton.model_dtype))
+                turned = is_transposed(block.module.get_submodule(layer))
+                dtype, full = self.skeleton.model_dtype, f"{prefix}.{layer}"
+                tensors.update(layer_tensors(full, block.results[layer], dtype, transposed=turned, plain_zeros=self.plain_zeros))
             else:
                 tensors[f"{prefix}.{inside}"] = block.current(inside, self.skeleton.files.read(name))
         write_shard(self.plan.out / shard_name(index + 1, self.count + 1), tensors)
         for name, stream in self.streams.items():
             stream.save(self._stream_path(name, index + 1))
+        modules = {f"{prefix}.{name}": block.module.get_submodule(name) for name in block.results}
         note = {
             "layers": {name: str(self.plan.choice.of(name)) for name in layers},
             "ignored": [f"{prefix}.{name}" for shape in block.shapes for name in shape.layers if name not in block.results],
             "notes": {f"{prefix}.{name}": text for name, text in block.notes.items()},
             "error": error,
-            "transposed": [f"{prefix}.{name}" for name in block.results if is_transposed(block.module.get_submodule(name))],
+            "transposed": [full for full, module in modules.items() if is_transposed(module)],
+            "subclassed": [full for full, module in modules.items() if isinstance(module, nn.Linear) and type(module) is not nn.Linear],
         }
         write_json(self.plan.work / f"block-{index:05d}.json", note)
         for name in self.streams:
@@ -266,6 +315,23 @@ class _Walk:
         if bound is not None and rss_bytes() > bound:
             message = f"memory `{rss_bytes() / 1e9:.2f}` GB went over the bound of {bound / 1e9:.2f} GB after block {index + 1}"
             raise QhubError(message, hint="go on with `--resume` and a larger `--max-memory`, or with fewer `--samples`")
+
+
+def _refuse_undividable(bad: Sequence[tuple[str, int, Scheme]]) -> None:
+    if bad:
+        named = ", ".join(f"`{name}` ({inputs} inputs, {scheme})" for name, inputs, scheme in bad)
+        message = f"the group size does not divide the inputs of {named}"
+        hint = f"keep such layers in float: `--override '{bad[0][0].rpartition('.')[2]}=float'`, or choose a smaller group"
+        raise Unsupported(message, hint=hint)
+
+
+def _refuse_mixture(special: Mapping[str, str], schemes: set[Scheme]) -> None:
+    """transformers expands all but plain nn.Linear layers as it loads them, and takes all of them for layers of one scheme."""
+    if special and len(schemes) > 1:
+        named = ", ".join(sorted(f"`{scheme}`" for scheme in schemes))
+        name, kind = next(iter(special.items()))
+        message = f"transformers loads `{kind}` layers such as `{name}` only where all layers have one scheme, not {named}"
+        raise Unsupported(message, hint="leave out the overrides, or keep layers in float: `--override 'PATTERN=float'`")
 
 
 def _matrix_names(model: nn.Module, blocks_name: str) -> list[str]:

@@ -236,11 +236,11 @@ def _left_float(profile: ModelProfile, scheme: Scheme) -> Iterator[str]:
 
 def _ends_early(search: Search, target: Target) -> Iterator[str]:
     finishers = search.registry.finishers(target, search.profile.task)
-    who = _named(finishers) if finishers else "no known plugin"
+    who = named(finishers) if finishers else "no known plugin"
     yield f"nothing installed runs this on `{target.name}`: the run ends with the QuantizedModel; {who} would finish it"
 
 
-def _named(entries: Sequence[IndexEntry]) -> str:
+def named(entries: Sequence[IndexEntry]) -> str:
     """The distributions that can be installed, and those that cannot yet."""
     there = " or ".join(f"`{entry.distribution}`" for entry in entries if not entry.is_planned)
     planned = " or ".join(f"`{entry.distribution}`" for entry in entries if entry.is_planned)
@@ -271,7 +271,7 @@ def _planned_route(search: Search, walked: _Walked, entry: IndexEntry, family: F
     scheme = search.scheme or _suited(search.profile, Scheme.parse(entry.scheme_for(family)))
     expected = estimate(search.profile, scheme, target, Speed())
     broken = unmet(expected, target, search.goals)
-    absent = f"no installed plugin serves `{family}`: {_named([entry])} would"
+    absent = f"no installed plugin serves `{family}`: {named([entry])} would"
     finishers = search.registry.finishers(target, search.profile.task)
     return Route(
         target=target.name,

@@ -25,7 +25,7 @@ class Awq(Quantizer):
     requires = ("torch",)
     needs = frozenset({"gram", "drift"})
     scales = True
-    options: ClassVar[Mapping[str, Any]] = {"steps": 10, "compensate": True}
+    options: ClassVar[Mapping[str, Any]] = {"steps": 10, "compensate": True, "refits": 2}
 
     def scale_group(self, group: Group, block: Block) -> torch.Tensor | None:
         """The input scale of least output error; None when none beats leaving the input alone."""
@@ -54,19 +54,21 @@ class Awq(Quantizer):
         factor = upper_factor(gram) if gram is not None and drift is not None and self.settings["compensate"] else None
         result = {}
         for name, weight in group.weights.items():
-            target = weight if factor is None or drift is None else compensate(weight, drift, factor)
+            target = weight if factor is None or drift is None else compensate(weight, drift, factor, group.stats.residual)
             result[name] = self._round(target, gram, schemes[name], block)
         return result
 
     def _round(self, weight: torch.Tensor, gram: torch.Tensor | None, scheme: Scheme, block: Block) -> QTensor:
-        from qhub import on_grid, quantize_rtn, search_grid
-        from qhub_awq.search import better_rows
+        from qhub import better_rows, fit_scales, on_grid, quantize_rtn, search_grid
 
         plain = quantize_rtn(weight, scheme, block.dtype)
         if gram is None:
             return plain
         searched = on_grid(weight, search_grid(weight, scheme, block.dtype, gram.diagonal()), scheme)
-        return better_rows(weight, gram, plain, searched)
+        best = better_rows(weight, gram, plain, searched)
+        for _ in range(int(self.settings["refits"])):
+            best = better_rows(weight, gram, best, on_grid(weight, fit_scales(weight, best, gram, block.dtype), scheme))
+        return best
 
 
 @hookimpl

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from qhub import QTensor, Scheme, output_loss, quantize_rtn
+from qhub import Scheme, output_loss, quantize_rtn
 
 ROWS = 512  # rows of a single layer on which candidates are judged
 
@@ -59,12 +59,3 @@ def best_scale(
         if value < least:
             best, least = scale, value
     return best
-
-
-def better_rows(weight: torch.Tensor, gram: torch.Tensor, one: QTensor, other: QTensor) -> QTensor:
-    """Row by row the one of two quantizations of `weight` (N, K) with the smaller output error."""
-    take_other = output_loss(other.dequantize() - weight, gram) < output_loss(one.dequantize() - weight, gram)
-    pick = take_other.unsqueeze(1)
-    codes = torch.where(pick, other.codes, one.codes)
-    scale, zero = torch.where(pick, other.scale, one.scale), torch.where(pick, other.zero, one.zero)
-    return QTensor(codes, scale, zero, one.bits, one.symmetric)

@@ -38,7 +38,7 @@ class Training:
     vocab_size: int = 2048
     context_tokens: int = 512
     batch_windows: int = 4
-    steps: int = 6000
+    steps: int = 4500
     warmup_steps: int = 100
     decay_share: float = 0.4
     matrix_rate: float = 0.02

@@ -25,7 +25,7 @@ class Gptq(Quantizer):
     distribution = "qhub-gptq"
     requires = ("torch",)
     needs = frozenset({"gram", "drift"})
-    options: ClassVar[Mapping[str, Any]] = {"damping": 0.03, "compensate": True}
+    options: ClassVar[Mapping[str, Any]] = {"damping": 0.03, "compensate": True, "refits": 1}
 
     def quantize_group(self, group: Group, block: Block) -> Mapping[str, QTensor]:
         """Layers that read one input share its Hessian: those of one scheme are solved as one tall matrix."""
@@ -45,7 +45,7 @@ class Gptq(Quantizer):
         return {name: quantized.rows(int(part[0]), int(part[-1]) + 1) for name, part in zip(weights, parts, strict=True)}
 
     def _solve_tall(self, weight: torch.Tensor, scheme: Scheme, group: Group, block: Block) -> QTensor:
-        from qhub import QTensor, compensate, quantize_rtn, search_grid, upper_factor
+        from qhub import QTensor, better_rows, compensate, fit_scales, quantize_rtn, search_grid, upper_factor
         from qhub_gptq.solver import round_with_feedback
 
         gram, drift, damping = group.stats.gram, group.stats.drift, float(self.settings["damping"])
@@ -54,13 +54,20 @@ class Gptq(Quantizer):
             return quantize_rtn(weight, scheme, block.dtype)
         if drift is not None and self.settings["compensate"]:
             factor = upper_factor(gram, damping)
-            weight = weight if factor is None else compensate(weight, drift, factor)
+            weight = weight if factor is None else compensate(weight, drift, factor, group.stats.residual)
         grid = search_grid(weight, scheme, block.dtype, gram.diagonal())
-        codes = round_with_feedback(weight, grid, gram, scheme.weight_bits, damping)
-        if codes is None:
-            block.note(group, "rounded to nearest: the Hessian does not factorise")
-            return quantize_rtn(weight, scheme, block.dtype)
-        return QTensor(codes, grid.scale, grid.zero, scheme.weight_bits, scheme.symmetric)
+        solved: QTensor | None = None
+        for _ in range(1 + int(self.settings["refits"])):
+            if solved is not None:
+                grid = fit_scales(weight, solved, gram, block.dtype)
+            codes = round_with_feedback(weight, grid, gram, scheme.weight_bits, damping)
+            if codes is None:
+                block.note(group, "rounded to nearest: the Hessian does not factorise")
+                return quantize_rtn(weight, scheme, block.dtype)
+            again = QTensor(codes, grid.scale, grid.zero, scheme.weight_bits, scheme.symmetric)
+            solved = again if solved is None else better_rows(weight, gram, solved, again)
+        assert solved is not None
+        return solved
 
 
 @hookimpl

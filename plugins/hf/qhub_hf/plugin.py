@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qhub import Artifact, Exporter, ModelProfile, QuantizedModel, Recipe, Runtime, Scheme, Target, folder_digest, hookimpl
+from qhub import Artifact, Exporter, ModelProfile, QuantizedModel, Recipe, Runtime, Scheme, Target, hookimpl
 
 if TYPE_CHECKING:
     from qhub import Session
@@ -32,6 +32,8 @@ class HfExporter(Exporter):
 
     def export(self, model: QuantizedModel, out: Path, recipe: Recipe) -> Artifact:
         """Link (or copy, where links do not work) the folder's files."""
+        from qhub import folder_digest
+
         for path in sorted(model.path.iterdir()):
             try:
                 os.link(path, out / path.name)

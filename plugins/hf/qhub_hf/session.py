@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,23 +9,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qhub import quiet_libraries
+
 
 class HfSession:
     """`AutoModelForCausalLM.from_pretrained(path)`, nothing more."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
+        with quiet_libraries():
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True).eval()
 
     @torch.no_grad()
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """ids (B, T) → next-token logits (B, T, V)."""
-        with _quiet():
+        with quiet_libraries():
             output = self.model(torch.from_numpy(ids), use_cache=False)
         found: NDArray[np.float32] = output.logits.float().numpy()
         return found
@@ -41,9 +37,12 @@ class HfSession:
         stops = set(stop if isinstance(stop, list) else [stop])
         tokens, cache = torch.tensor([list(ids)]), None
         for _ in range(max_new_tokens):
-            output = self.model(tokens, past_key_values=cache, use_cache=True)
+            with quiet_libraries():
+                output = self.model(tokens, past_key_values=cache, use_cache=True)
             cache, last = output.past_key_values, output.logits[0, -1].float()
-            token = int(last.argmax()) if temperature <= 0 else int(torch.softmax(last / temperature, -1).multinomial(1, generator=generator))
+            token = (
+                int(last.argmax()) if temperature <= 0 else int(torch.softmax(last / temperature, -1).multinomial(1, generator=generator))
+            )
             if token in stops:
                 return
             yield token
@@ -52,17 +51,3 @@ class HfSession:
     def close(self) -> None:
         """Give memory back."""
         del self.model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """compressed-tensors draws a progress bar on stderr whenever it expands weights."""
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before

@@ -1,0 +1,175 @@
+"""Refuse before spending: what can be known to fail before a run begins, from headers, names and the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from qhub.errors import QhubError, UsageError
+from qhub.plugins import Plugins
+from qhub.route.recipe import FLOAT, file_sha256, from_yaml
+from qhub.rundir import RECIPE, STATE, RunDir
+from qhub.tokens import documents
+from qhub.types import Calibration, ModelProfile, Recipe, Scheme, last_match
+
+_BASE_BYTES = 700 << 20  # Python with torch and transformers, measured
+_HALF_MADE = {f"{RECIPE}.partial"}  # all that is there when a run ends before its recipe is written
+Estimate = Mapping[str, int | float | None]
+
+
+def estimate(found: ModelProfile, recipe: Recipe) -> dict[str, int | float | None]:
+    """Sizes before work begins: of the result, the peak of memory while quantizing, and the disk a run needs.
+
+    Basis: in memory are Python with torch (measured), the tensors outside the blocks, three copies of the largest block
+    (stored, folded in float32), four K×K float32 matrices of its widest layer, and the hidden states of two streams.
+    """
+    blocks: dict[int, int] = {}
+    for layer in found.layers:
+        if layer.block is not None:
+            blocks[layer.block] = blocks.get(layer.block, 0) + layer.bytes
+    largest, outside = max(blocks.values(), default=0), found.weight_bytes - sum(blocks.values())
+    widest = max((layer.shape[-1] for layer in found.linears()), default=0)
+    hidden = _hidden_bytes(found, recipe)
+    statistics = 0 if recipe.calibration is None else 4 * widest * widest * 4
+    weights = _quantized_bytes(found, recipe)
+    peak = _BASE_BYTES + outside + 3 * largest + statistics + min(hidden, 2 << 30)
+    copies = 2 if recipe.exporter else 1
+    return {"weight_bytes": weights, "peak_bytes": peak, "disk_bytes": copies * weights + 3 * hidden, "seconds": None}
+
+
+def _hidden_bytes(found: ModelProfile, recipe: Recipe) -> int:
+    data = recipe.calibration
+    return 0 if data is None else 2 * data.samples * data.seq_len * (found.hidden_size or 0) * 4
+
+
+def _quantized_bytes(found: ModelProfile, recipe: Recipe) -> int:
+    total = float(found.weight_bytes)
+    for layer in found.linears():
+        pattern = last_match(layer.name.removesuffix(".weight"), recipe.overrides)
+        chosen = recipe.scheme if pattern is None else recipe.overrides[pattern]
+        if chosen != FLOAT:
+            total += layer.shape[0] * layer.shape[-1] * Scheme.parse(chosen).bits_per_weight / 8 - layer.bytes
+    return int(total)
+
+
+def check_model(found: ModelProfile) -> None:
+    """Refuse a model without a tokenizer: neither calibration nor evaluation could read a text.
+
+    :raises QhubError: when it has none.
+    """
+    if not found.has_tokenizer:
+        raise QhubError(f"`{found.path}` has no tokenizer", hint="put the model's tokenizer.json beside its weights")
+
+
+def check_text(data: Calibration | None, *, recorded: bool = False) -> None:
+    """Read the beginning of a text; `recorded`: also compare the file with the digest that the recipe has of it.
+
+    :raises QhubError: when the file is not there, does not hold text, or is another one.
+    """
+    if data is None:
+        return
+    path = Path(data.data)
+    if not any(text.strip() for text in documents(path)):
+        raise QhubError(f"`{path}` holds no text", hint="give a file with text")
+    if recorded and data.data_sha256 and file_sha256(path) != data.data_sha256:
+        message = f"`{path}` is not the text that the recipe was written for (its sha256 differs)"
+        raise QhubError(message, hint="get the same file again, or start a new run")
+
+
+def check_overrides(found: ModelProfile, recipe: Recipe, plugins: Plugins) -> None:
+    """Refuse an override that matches nothing, or asks for what the method does not write, and a recipe that leaves all in float.
+
+    :raises UsageError: naming the override.
+    """
+    names = [layer.name.removesuffix(".weight") for layer in found.linears()]
+    patterns = [last_match(name, recipe.overrides) for name in names]
+    if names and all(pattern is not None and recipe.overrides[pattern] == FLOAT for pattern in patterns):
+        raise UsageError(f"every layer of `{found.source}` is to stay float: nothing is left to quantize", hint="leave out an `--override`")
+    for pattern, chosen in recipe.overrides.items():
+        alike = (pattern, pattern.partition(".")[2] or pattern)  # files may lack the prefix that the running model has
+        if not any(last_match(name, alike) for name in names):
+            hint = f"a pattern is the end of a layer's name, or has `*`; e.g. `{names[0].rpartition('.')[2]}`" if names else None
+            raise UsageError(f"override `{pattern}={chosen}` matches no layer of `{found.source}`", hint=hint)
+        if chosen == FLOAT:
+            continue
+        for name in recipe.method.split("+"):
+            why = plugins.quantizers[name].reject(found, Scheme.parse(chosen))
+            if why is not None:
+                raise UsageError(f"override `{pattern}={chosen}`: {why}", hint=f"to keep layers as they are: `{pattern}={FLOAT}`")
+
+
+def check_memory(found: ModelProfile, recipe: Recipe, needs: Estimate, bound: int | None) -> None:
+    """Refuse a bound that cannot hold; hidden states take at most a quarter of it, the rest goes to disk.
+
+    :raises QhubError: saying how much is needed.
+    """
+    fixed = int(needs["peak_bytes"] or 0) - min(_hidden_bytes(found, recipe), 2 << 30)
+    if bound is None or fixed + min(_hidden_bytes(found, recipe), bound // 4) <= bound:
+        return
+    enough = -(-(fixed + min(_hidden_bytes(found, recipe), fixed // 3)) // 10**7) / 100
+    message = f"quantizing `{found.source}` needs about `{enough:.2f}` GB of memory, more than the bound of {bound / 1e9:.2f} GB"
+    raise QhubError(message, hint=f"`--max-memory {enough:.2f}` or more")
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse a place that cannot be written to, or is too full.
+
+    :raises QhubError: naming it.
+    """
+    where = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    elsewhere = "give another directory: `--out DIR`"
+    if not where.is_dir():
+        raise UsageError(f"`{where}` is a file, not a directory", hint=elsewhere)
+    if not os.access(where, os.W_OK | os.X_OK):
+        raise QhubError(f"`{where}` is not writable", hint=elsewhere)
+    free = shutil.disk_usage(where).free
+    if free < needed:
+        message = f"`{where}` has `{free / 1e9:.2f}` GB free; the run needs about {needed / 1e9:.2f} GB"
+        raise QhubError(message, hint="free some space, or give a directory on another disk: `--out DIR`")
+
+
+def check_out(out: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Refuse a directory that is in use for something else, or that has nothing to resume.
+
+    :raises UsageError: saying what it holds. :raises QhubError: when its state is damaged.
+    """
+    held = {path.name for path in out.iterdir()} - _HALF_MADE if out.is_dir() else set()
+    if RECIPE not in held:
+        if resume:
+            raise nothing_to_resume(out)
+        if held:
+            raise UsageError(f"`{out}` is not empty and not a run", hint="give a new directory: `--out DIR`")
+        return
+    if not resume:
+        hint = f"continue it: `qhub run --resume --out {out}`, or give a new directory: `--out DIR`"
+        raise UsageError(f"`{out}` already holds a run", hint=hint)
+    if not same_recipe(out, recipe):
+        hint = f"leave out MODEL and options: `qhub run --resume --out {out}`"
+        raise UsageError(f"`{out}` holds a run of another recipe", hint=hint)
+    if STATE in held:
+        RunDir.open(out)
+
+
+def nothing_to_resume(out: Path) -> UsageError:
+    """The error for a directory without a run."""
+    return UsageError(f"`{out}` has no {RECIPE}: there is nothing to resume", hint="leave out `--resume` to start a run")
+
+
+def same_recipe(out: Path, recipe: Recipe) -> bool:
+    """Whether the run in `out` is one of `recipe`; where files lie and which versions are installed does not count."""
+    try:
+        there = from_yaml((out / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, QhubError):
+        return False
+    return _decisive(there) == _decisive(recipe)
+
+
+def _decisive(recipe: Recipe) -> Recipe:
+    def placeless(data: Calibration | None) -> Calibration | None:
+        return None if data is None else replace(data, data="")
+
+    calibration, evaluation = placeless(recipe.calibration), placeless(recipe.evaluation)
+    return replace(recipe, model="", model_path="", versions={}, calibration=calibration, evaluation=evaluation)

@@ -1,0 +1,57 @@
+"""Which texts a run calibrates and evaluates on: what the user gave, else the model's own, else the demo's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qhub.errors import UsageError
+from qhub.plugins import Plugins
+from qhub.route.recipe import file_sha256
+from qhub.types import Calibration, ModelSource
+
+FALLBACK_MODEL = "demo:llm"  # whose texts serve a model that brings none
+_KINDS = "(.txt, .jsonl or .parquet)"
+
+
+def of_run(source: ModelSource, given: tuple[str | None, str | None], plugins: Plugins) -> tuple[Path, Path]:
+    """(calibration, evaluation) for a run of `source`; `given` is a file, or the name of a model that brings a text.
+
+    :raises UsageError: when there is none, or it does not exist.
+    """
+    brought = {name: (model.calibration, model.evaluation) for name, model in plugins.models.items()}
+    fallback = brought.get(FALLBACK_MODEL, (None, None))
+    own = source.path / "calibration.txt", source.path / "heldout.txt"
+    calibration = _first(given[0], {name: pair[0] for name, pair in brought.items()}, source.calibration, own[0], fallback[0])
+    evaluation = _first(given[1], {name: pair[1] for name, pair in brought.items()}, source.evaluation, own[1], fallback[1])
+    if calibration is None or evaluation is None:
+        what, option = ("calibration", "--calib") if calibration is None else ("evaluation", "--eval")
+        raise UsageError(f"`{source.name}` brings no {what} text", hint=f"give one: `{option} TEXT` {_KINDS}")
+    return calibration, evaluation
+
+
+def of_evaluation(folder: Path, recorded: Calibration | None, given: str | None, plugins: Plugins) -> Path:
+    """The text to measure the model in `folder` on; `recorded` is what its run used.
+
+    :raises UsageError: when there is none, or it does not exist.
+    """
+    brought = {name: model.evaluation for name, model in plugins.models.items()}
+    text = _first(given, brought, Path(recorded.data) if recorded else None, folder / "heldout.txt", brought.get(FALLBACK_MODEL))
+    if text is None:
+        raise UsageError(f"`{folder}` brings no evaluation text", hint=f"give one: `--data TEXT` {_KINDS}")
+    return text
+
+
+def _first(given: str | None, brought: Mapping[str, Path | None], *others: Path | None) -> Path | None:
+    if given is None:
+        return next((path for path in others if path is not None and path.is_file()), None)
+    path = brought.get(given) or Path(given)
+    if not path.is_file():
+        what = "is a folder, not a text" if path.is_dir() else "does not exist"
+        raise UsageError(f"data file `{given}` {what}", hint=f"give a text {_KINDS}")
+    return path
+
+
+def describe(path: Path, samples: int, seq_len: int) -> Calibration:
+    """The text at `path` as a recipe records it."""
+    return Calibration(str(path.resolve()), file_sha256(path), samples, seq_len)

@@ -1,0 +1,117 @@
+"""The real `qhub` command in processes of its own that start at once: forked from one that already holds torch and transformers.
+
+`run` waits for the end; `start` returns a process to watch, interrupt or kill. `die_at` kills it with -9 just before a file or
+folder of that name appears under its final name (Python tells a process of its own renames).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PLUGINS = ("rtn", "awq", "gptq", "hf")
+PRELOADED = (
+    "torch",
+    "accelerate",
+    "compressed_tensors",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.quantizers.auto",
+    "qhub.pipeline",
+    "qhub.quantize.walk",
+    "qhub.prove.assemble",
+)
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(list(PRELOADED))
+
+needs_plugins = pytest.mark.skipif(
+    not {f"qhub-{name}" for name in PLUGINS} <= {distribution.name for distribution in metadata.distributions()},
+    reason="needs the plugins (make test installs them)",
+)
+
+
+class Ran(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Started:
+    """A command that may still be at work."""
+
+    process: multiprocessing.process.BaseProcess
+    out: Path
+    err: Path
+
+    def wait(self, timeout_s: float = 120) -> Ran:
+        """Wait for its end; a killed one has the code -9."""
+        self.process.join(timeout_s)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            pytest.fail(f"still at work after {timeout_s} s: {self.err.read_text()}")
+        ran = Ran(self.process.exitcode, self.out.read_text(encoding="utf-8"), self.err.read_text(encoding="utf-8"))
+        self.process.close()
+        return ran
+
+    def send(self, number: signal.Signals, when: Callable[[], bool], timeout_s: float = 120) -> Ran:
+        """Wait until `when()` is true, send a signal, and wait for the end."""
+        end = time.monotonic() + timeout_s
+        while self.process.is_alive() and not when():
+            assert time.monotonic() < end, "the moment never came"
+            time.sleep(0.002)
+        assert self.process.is_alive(), f"it ended before the moment came: {self.err.read_text()}"
+        os.kill(self.process.pid, number)
+        return self.wait()
+
+
+def start(arguments: Sequence[object], folder: Path, *, env: dict[str, str] | None = None, die_at: str | None = None) -> Started:
+    """Start `qhub …` in `folder` with qhub's own plugins; `env` adds to the environment."""
+    variables = {"QHUB_PLUGINS": ",".join(PLUGINS), **(env or {})}
+    streams = [folder.parent / f"{folder.name}-{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
+    process = _CONTEXT.Process(target=_qhub, args=([*map(str, arguments)], folder, variables, streams, die_at))
+    process.start()
+    return Started(process, *streams)
+
+
+def run(arguments: Sequence[object], folder: Path, *, env: dict[str, str] | None = None, die_at: str | None = None) -> Ran:
+    """What `qhub …` in `folder` did."""
+    return start(arguments, folder, env=env, die_at=die_at).wait()
+
+
+def _qhub(arguments: list[str], folder: Path, variables: dict[str, str], streams: list[Path], die_at: str | None) -> None:
+    for path, number in zip(streams, (1, 2), strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(folder)
+    os.environ.update(variables)
+    if die_at is not None:
+        sys.addaudithook(lambda event, details: _die(die_at, details) if event == "os.rename" else None)
+    import torch
+
+    from qhub.cli import main
+
+    torch.set_num_threads(1)  # the models are tiny, and the tests share the machine
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _die(name: str, details: Sequence[object]) -> None:
+    if fnmatch.fnmatchcase(str(details[1]), f"*/{name}"):
+        os.kill(os.getpid(), signal.SIGKILL)

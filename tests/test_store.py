@@ -1,0 +1,263 @@
+"""The QuantizedModel on disk: read back bit for bit, and loaded by transformers with the public compressed-tensors."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from tiny_models import logits_of, quantize, quantized_logits, random_ids, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qhub import Quantizer, quantize_rtn
+from qhub.errors import QhubError
+from qhub.quantize.grid import search_grid
+from qhub.quantize.qtensor import QTensor, encode, round_scale
+from qhub.quantize.store import METADATA, QuantizedWeights, folder_digest, layer_tensors, open_model, quantization_config, write_shard
+from qhub.skeleton import FloatWeights
+from qhub.types import Scheme
+from qhub.weights import INDEX, WeightFiles
+
+
+class Nearest(Quantizer):
+    """Round to nearest on a searched range; keeps what it made for the test to compare with."""
+
+    name = "nearest"
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def quantize_layer(self, weight, scheme, block):
+        grid = search_grid(weight, scheme, block.dtype, torch.ones(weight.shape[1]))
+        return QTensor(
+            encode(weight, grid.scale, grid.zero, scheme.weight_bits), grid.scale, grid.zero, scheme.weight_bits, scheme.symmetric
+        )
+
+    def quantize_group(self, group, block):
+        result = super().quantize_group(group, block)
+        self.made.update({f"{block.name}.{name}": tensor for name, tensor in result.items()})
+        return result
+
+
+def same(one, other):
+    parts = ((one.codes, other.codes), (one.scale, other.scale), (one.zero, other.zero))
+    return all(torch.equal(left, right) and left.dtype == right.dtype for left, right in parts) and one.bits == other.bits
+
+
+MIXED = {"down_proj": "w8a16-g32-sym", "*.0.self_attn.v_proj": "float", "*.1.self_attn.*_proj": "w3a16-g16-sym", "o_proj": "w8a16"}
+CASES = {
+    "4 bits asymmetric": ("w4a16-g32-asym", {}),
+    "4 bits symmetric": ("w4a16-g64-sym", {}),
+    "3 bits asymmetric": ("w3a16-g16-asym", {}),
+    "8 bits symmetric per channel": ("w8a16", {}),
+    "8 bits asymmetric": ("w8a16-g64-asym", {}),
+    "4 bits asymmetric per channel": ("w4a16-channel-asym", {}),
+    "2 bits symmetric": ("w2a16-g16-sym", {}),
+    "mixed bits, one layer float": ("w4a16-g64-sym", MIXED),
+    "4 bits asymmetric, some layers float": ("w4a16-g64-asym", {"down_proj": "float", "*.0.mlp.up_proj": "float"}),
+}
+BY_CASE = pytest.mark.parametrize(("scheme", "overrides"), CASES.values(), ids=CASES)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", ["g16-sym", "g16-asym", "channel-sym", "channel-asym"])
+@DTYPES
+def test_a_layer_reads_back_bit_for_bit(tmp_path, bits, kind, dtype):
+    scheme, weight = Scheme.parse(f"w{bits}a16-{kind}"), torch.randn(37, 48, generator=torch.Generator().manual_seed(bits))
+    tensor = quantize_rtn(weight, scheme, dtype)
+    write_shard(tmp_path / "model.safetensors", layer_tensors("a.b", tensor, dtype))
+    (tmp_path / METADATA).write_text(json.dumps({"format_version": 1, "layers": {"a.b": str(scheme)}}))
+    assert same(QuantizedWeights(tmp_path).layer("a.b"), tensor)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides"),
+    [
+        CASES["mixed bits, one layer float"],
+        ("w4a16-g64-asym", {"down_proj": "w8a16-g32-asym", "*.1.self_attn.*_proj": "w3a16-g16-sym", "o_proj": "w4a16-channel-asym"}),
+    ],
+    ids=["mixed bits", "mixed bits and symmetries"],
+)
+@DTYPES
+def test_all_layers_of_a_model_read_back_bit_for_bit(tmp_path, scheme, overrides, dtype):
+    quantizer, source = Nearest(), tiny_model("llama", dtype)
+    result = quantize(source, tmp_path, quantizer, scheme, overrides=overrides)
+    weights = QuantizedWeights(tmp_path / "model")
+    assert weights.schemes == result.schemes
+    assert weights.schemes.keys() == quantizer.made.keys()
+    assert all(same(weights.layer(name), tensor) for name, tensor in quantizer.made.items())
+    original = FloatWeights(source)
+    assert sorted(weights) == sorted(original)
+    assert weights.model_dtype() == dtype
+    for name in original:
+        expected = quantizer.made.get(name.removesuffix(".weight"))
+        assert torch.equal(weights.read(name), original.read(name) if expected is None else expected.dequantize(dtype)), name
+
+
+@torch.no_grad()
+def transformers_logits(folder, ids, dtype):
+    pytest.importorskip("compressed_tensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs are not ours to mend
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()(ids).logits.float()
+
+
+@BY_CASE
+def test_transformers_computes_our_reference_logits(tmp_path, scheme, overrides):
+    source, ids = tiny_model("llama"), random_ids(2, 32)
+    quantize(source, tmp_path, Nearest(), scheme, overrides=overrides)
+    ours = quantized_logits(tmp_path / "model", ids)
+    assert float((transformers_logits(tmp_path / "model", ids, torch.float32) - ours).abs().max()) <= 1e-5
+    assert float((logits_of(source, ids) - ours).abs().max()) > 1e-3, "quantizing changes the logits"
+
+
+def test_what_transformers_cannot_load_it_refuses_instead_of_computing_nonsense(tmp_path):
+    """Asymmetric layers of different bits: 5.x takes all of them for the first group's when it reads packed zero points."""
+    quantize(tiny_model("llama"), tmp_path, Nearest(), "w4a16-g64-asym", overrides={"down_proj": "w8a16-g64-asym"})
+    try:
+        theirs = transformers_logits(tmp_path / "model", random_ids(2, 32), torch.float32)
+    except RuntimeError:
+        return
+    ours = quantized_logits(tmp_path / "model", random_ids(2, 32))
+    assert float((theirs - ours).abs().max()) <= 1e-5, "a later version may read it, but then rightly"
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma2", "phi3", "opt", "gpt_neox", "falcon"])
+def test_of_other_families_too(tmp_path, family):
+    ids = random_ids(2, 32)
+    quantize(tiny_model(family), tmp_path, Nearest(), "w4a16-g32-asym")
+    ours = quantized_logits(tmp_path / "model", ids)
+    assert float((transformers_logits(tmp_path / "model", ids, torch.float32) - ours).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides"), [CASES["4 bits asymmetric"], CASES["mixed bits, one layer float"]], ids=["one scheme", "mixed"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_the_logits_are_the_same_numbers(tmp_path, scheme, overrides, dtype):
+    """The bound is 0: both round each dequantized weight once to the model's dtype and run the same code."""
+    ids = random_ids(2, 32)
+    quantize(tiny_model("llama", dtype), tmp_path, Nearest(), scheme, overrides=overrides)
+    assert torch.equal(transformers_logits(tmp_path / "model", ids, dtype), quantized_logits(tmp_path / "model", ids))
+
+
+def test_gpt2_whose_files_hold_matrices_the_other_way_round_is_read_back(tmp_path):
+    """Its attention output is square, so no shape tells: `transposed` in qhub.json does."""
+    quantizer, source, ids = Nearest(), tiny_model("gpt2"), random_ids(2, 32)
+    quantize(source, tmp_path, quantizer, "w8a16-g32-asym")
+    weights, original = QuantizedWeights(tmp_path / "model"), FloatWeights(source)
+    for layer, tensor in quantizer.made.items():
+        assert torch.equal(weights.read(f"{layer}.weight"), tensor.dequantize().t())
+        assert float((weights.read(f"{layer}.weight") - original.read(f"{layer}.weight")).abs().max()) < 0.02
+    assert float((quantized_logits(tmp_path / "model", ids) - logits_of(source, ids)).abs().max()) < 0.3
+
+
+def test_a_source_without_the_models_prefix_gives_the_same_artifact(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source, bare = tiny_model("gpt2"), tmp_path / "bare"
+    bare.mkdir()
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, bare / "model.safetensors")
+    (bare / "config.json").write_bytes((source / "config.json").read_bytes())
+    ids, results = random_ids(1, 16), []
+    for folder in (source, bare):
+        quantize(folder, tmp_path / f"q-{folder.name}", Nearest(), "w4a16-g32-asym", overrides={"c_fc": "float"})
+        results.append(quantized_logits(tmp_path / f"q-{folder.name}" / "model", ids))
+    assert torch.equal(*results)
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    quantize(tiny_model("llama"), tmp_path, Nearest(), "w4a16-g64-asym", overrides={"down_proj": "float"})
+    return tmp_path / "model"
+
+
+def test_the_folder_is_complete(artifact):
+    names = {path.name for path in artifact.iterdir()}
+    shards = {f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)}
+    assert names == shards | {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX, METADATA}
+    files = WeightFiles.open(artifact)
+    index = json.loads((artifact / INDEX).read_text())
+    assert index["weight_map"] == {name: info.file.name for name, info in files.items()}
+    assert index["metadata"]["total_size"] == sum(info.bytes for info in files.values())
+    assert AutoTokenizer.from_pretrained(artifact)("ab")["input_ids"] == [97, 98]
+    model = open_model(artifact)
+    assert (model.path, model.kind, model.scheme, model.method) == (artifact, "weights", "w4a16-g64-asym", "nearest")
+
+
+def test_the_config_says_what_is_quantized_and_what_is_not(artifact):
+    config = json.loads((artifact / "config.json").read_text())
+    original = json.loads((tiny_model("llama") / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert config == original
+    assert quantization["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert [group["targets"] for group in quantization["config_groups"].values()] == [["Linear"]]
+    weights = quantization["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["group_size"], weights["symmetric"], weights["strategy"]) == (4, 64, False, "group")
+
+
+def test_layers_of_several_schemes_are_named_one_by_one():
+    schemes = {name: Scheme.parse(text) for name, text in {"a": "w4-g32-asym", "b": "w8a16", "c": "w4-g32-asym"}.items()}
+    groups = quantization_config(schemes, [])["config_groups"]
+    assert [(group["targets"], group["weights"]["num_bits"]) for group in groups.values()] == [(["a", "c"], 4), (["b"], 8)]
+
+
+def test_bytes_are_counted_by_class(artifact):
+    sizes = QuantizedWeights(artifact).bytes_by_class()
+    weights = 2 * (64 * 64 * 2 + 2 * 32 * 64 + 2 * 128 * 64)  # q, o · k, v · gate, up
+    outputs = 2 * (64 * 2 + 2 * 32 + 2 * 128)
+    assert sizes["codes"] == weights // 2
+    assert sizes["scales_and_zeros"] == outputs * 4 + outputs // 2 + 2 * 6 * 16  # float32 scales, 4-bit zeros, shapes
+    assert sizes["embedding_and_head"] + sizes["other_float"] == 4 * (2 * 128 * 64 + 2 * 64 * 128 + 5 * 64)
+    assert sum(sizes.values()) == sum(info.bytes for info in WeightFiles.open(artifact).values())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, f"is not a model that qhub quantized: it has no {METADATA}"),
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format_version": 99}', "has format version `99`, this qhub reads 1"),
+    ],
+    ids=["missing", "cut off", "no object", "from the future"],
+)
+def test_metadata_that_does_not_do_is_one_clear_error(artifact, text, message):
+    (artifact / METADATA).unlink()
+    if text is not None:
+        (artifact / METADATA).write_text(text)
+    with pytest.raises(QhubError) as error:
+        QuantizedWeights(artifact)
+    assert message in error.value.message
+    assert error.value.hint
+
+
+def test_the_digest_of_a_folder_is_over_names_and_bytes(tmp_path):
+    def digest(**files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, content in files.items():
+            path = folder / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return folder_digest(folder)
+
+    assert digest(a="1", b__c="23") == digest(b__c="23", a="1")
+    assert digest(a="1", b__c="23")[0] == 3
+    assert len({digest(a="1", b="2"), digest(a="2", b="1"), digest(a="12"), digest(b="1", c="2")}) == 4
+
+
+def test_writing_a_shard_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "model-00001-of-00001.safetensors"
+    write_shard(path, {"a": torch.ones(3)})
+    with pytest.raises(AttributeError):
+        write_shard(path, {"a": "no tensor"})
+    assert torch.equal(FloatWeights(tmp_path).read("a"), torch.ones(3))
+
+
+def test_scales_in_a_bf16_artifact_are_stored_exactly():
+    scale = round_scale(torch.rand(50) * 0.01, torch.bfloat16)
+    assert torch.equal(scale.bfloat16().float(), scale)
