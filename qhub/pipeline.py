@@ -73,12 +73,12 @@ def plan(request: RunRequest, plugins: Plugins) -> Plan:
     if request.recipe is not None:
         return _repeat(request, request.recipe, plugins)
     source = resolve(request.model or texts.FALLBACK_MODEL, plugins)
-    source = replace(source, path=source.path.resolve())
     found = profile(source, plugins)
     goals = Goals() if request.max_drop_pct is None else Goals(max_drop_pct=request.max_drop_pct)
     route = _route(request, found, goals, plugins)
     preflight.check_model(found)
-    recipe = make_recipe(source, route, goals, _choices(request, source, found, route, plugins))
+    there = replace(source, path=source.path.resolve())  # a run may be resumed from another folder
+    recipe = make_recipe(there, route, goals, _choices(request, source, found, route, plugins))
     preflight.check_overrides(found, recipe, plugins)
     for data in (recipe.calibration, recipe.evaluation):
         preflight.check_text(data)
@@ -136,7 +136,8 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _checked(request: RunRequest, recipe: Recipe, route: Route, found: ModelProfile) -> Plan:
-    """The plan, once directory, disk, memory and device are known to serve."""
+    """The plan, once experts, directory, disk, memory and device are known to serve."""
+    preflight.check_experts(found, trust_remote_code=request.trust_remote_code)
     needs, out = preflight.estimate(found, recipe), _out(request, recipe)
     preflight.check_disk(out, int(needs["disk_bytes"] or 0))
     preflight.check_out(out, recipe, resume=request.resume)

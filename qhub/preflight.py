@@ -64,6 +64,23 @@ def check_model(found: ModelProfile) -> None:
         raise QhubError(f"`{found.path}` has no tokenizer", hint="put the model's tokenizer.json beside its weights")
 
 
+def check_experts(found: ModelProfile, *, trust_remote_code: bool) -> None:
+    """Refuse blocks whose experts are no linear layers; only transformers knows, so only a model with experts is asked about.
+
+    :raises Unsupported: naming the weights.
+    """
+    if not any(layer.kind == "expert" for layer in found.layers):
+        return
+    from qhub.quantize.observe import each_matrix
+    from qhub.quiet import quiet_libraries
+    from qhub.skeleton import FloatWeights, Skeleton
+
+    with quiet_libraries():
+        skeleton = Skeleton(FloatWeights(Path(found.path)), trust_remote_code=trust_remote_code)
+    for index in range(len(skeleton.block_names)):
+        each_matrix(skeleton.empty_block(index))
+
+
 def check_text(data: Calibration | None, *, recorded: bool = False) -> None:
     """Read the beginning of a text; `recorded`: also compare the file with the digest that the recipe has of it.
 
@@ -146,6 +163,10 @@ def check_out(out: Path, recipe: Recipe, *, resume: bool) -> None:
     if not resume:
         hint = f"continue it: `qhub run --resume --out {out}`, or give a new directory: `--out DIR`"
         raise UsageError(f"`{out}` already holds a run", hint=hint)
+    try:
+        from_yaml((out / RECIPE).read_text(encoding="utf-8"))
+    except (ValueError, QhubError):
+        raise QhubError(f"`{out / RECIPE}` is damaged", hint=f"`rm -r {out}`, then start again") from None
     if not same_recipe(out, recipe):
         hint = f"leave out MODEL and options: `qhub run --resume --out {out}`"
         raise UsageError(f"`{out}` holds a run of another recipe", hint=hint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,7 +87,7 @@ class Skeleton:
         self.folder = folder = weights.folder
         self.files = weights
         self.device = torch.device(device)
-        self.config = _config(folder, trust_remote_code=trust_remote_code)
+        self.config = model_config(folder, trust_remote_code=trust_remote_code)
         self.model_dtype = weights.model_dtype()
         self.dtype = dtype or self.model_dtype
         self.model = _empty_model(self.config, self.dtype, trust_remote_code=trust_remote_code)
@@ -206,9 +206,12 @@ class Skeleton:
     @torch.no_grad()
     def learn_output_form(self, ids: torch.Tensor) -> None:
         """Find out whether this architecture's blocks return a tuple, by running block 0 once on `ids` (1, T)."""
-        hidden, calls = self.embed(ids[:1, :8])
+        self._load_outer(head=False)
+        first = _StandIn(self._blocks[0], returns_tuple=False, stops=True)
+        with self._replaced([first]), suppress(_Reached):
+            self.model.base_model(input_ids=ids[:1, :8].to(self.device), use_cache=False)
         with self.block(0) as module:
-            self._returns_tuple = isinstance(module(hidden, *calls[0].args, **calls[0].kwargs), tuple)
+            self._returns_tuple = isinstance(module(first.hidden, *first.args, **first.kwargs), (tuple, list))
 
     @contextmanager
     def _replaced(self, stand_ins: list[_StandIn]) -> Iterator[None]:
@@ -221,14 +224,19 @@ class Skeleton:
                 self._blocks[index] = stand_in.block
 
 
-class _StandIn(nn.Module):
-    """Stands where a block stood: records how it is called and passes hidden states on."""
+class _Reached(Exception):
+    """Stops a forward pass at the first block."""
 
-    def __init__(self, block: nn.Module, *, returns_tuple: bool, output: torch.Tensor | None = None) -> None:
+
+class _StandIn(nn.Module):
+    """Stands where a block stood: records how it is called and passes hidden states on, or stops there."""
+
+    def __init__(self, block: nn.Module, *, returns_tuple: bool, output: torch.Tensor | None = None, stops: bool = False) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)  # not a submodule: its weights stay out of this module
         self.returns_tuple = returns_tuple
         self.output = output
+        self.stops = stops
         self.hidden = torch.empty(0)
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
@@ -241,14 +249,20 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:  # noqa: ANN401
         self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
+        if self.stops:
+            raise _Reached
         output = hidden_states if self.output is None else self.output
         return (output,) if self.returns_tuple else output
 
 
 def run_block(module: nn.Module, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
     """One block's forward pass: (B, T, H) → (B, T, H)."""
-    output = module(hidden, *call.args, **call.kwargs)
-    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden_of(module(hidden, *call.args, **call.kwargs))
+
+
+def hidden_of(output: Any) -> torch.Tensor:  # noqa: ANN401 - what a module returns
+    """The hidden states in what a block or a part of it returns: the first of several outputs."""
+    result: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return result
 
 
@@ -285,7 +299,12 @@ def _drop(module: nn.Module) -> None:
                 owner._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def _config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers config
+def model_config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers config
+    """The config of a model folder as transformers reads it.
+
+    :raises Unsupported: when the installed transformers does not know the architecture.
+    :raises QhubError: when the file is broken, or the model needs code of its own and that is not allowed.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = folder / "config.json"
@@ -302,9 +321,9 @@ def _config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - 
         raise QhubError(message, hint="read it; if you trust it, run again with `--trust-remote-code`")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise QhubError(f"transformers cannot read `{path}`: {first}", hint="check `config.json`") from None
+    except Exception as error:  # noqa: BLE001 - what transformers raises for odd values is not defined
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DamagedModelError(f"transformers cannot read `{path}`: {first}", hint="check config.json, or get it again") from None
 
 
 def _empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers model
@@ -314,13 +333,14 @@ def _empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool) ->
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, ImportError) as error:
+    except Exception as error:
         architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
         if "Unrecognized configuration class" in str(error):
             message = f"`{architecture}` is not a causal language model that transformers knows"
             raise Unsupported(message, hint="weight quantizers take decoder-only language models") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DamagedModelError(f"transformers cannot build `{architecture}` from config.json: {reason}", hint="check it") from error
+        message = f"transformers cannot build `{architecture}` from config.json: {reason}"
+        raise DamagedModelError(message, hint="check config.json, or get it again") from error
     return model.eval()
 
 

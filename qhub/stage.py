@@ -34,6 +34,7 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
 
     from qhub.quantize.store import finish
     from qhub.quantize.walk import WalkPlan, clean, walk
+    from qhub.skeleton import model_config
 
     if run.quantized.exists():  # the process ended after the rename, before the state was saved
         clean(run.work)
@@ -41,6 +42,7 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
     quantizer = _quantizer(recipe, plugins)
     source = Path(recipe.model_path)
     run.partial.mkdir(exist_ok=True)
+    model_config(source, trust_remote_code=run.settings.trust_remote_code)
     if recipe.evaluation is not None:
         _windows(run, recipe, recipe.evaluation)  # too short a text is said now, not when all the work is done
     ids = torch.from_numpy(_windows(run, recipe, recipe.calibration)) if quantizer.needs and recipe.calibration else None

@@ -63,7 +63,7 @@ def read_windows(
     count = len(tokens) // max(room, 1)
     if count and all_there_is:
         samples = min(samples, count)
-    if room < 2 or count < samples:
+    if seq_len < 2 or count < samples:
         raise _too_short(path, len(tokens), (samples, seq_len, room), fewer)
     chosen = range(samples) if seed is None else sorted(random.Random(seed).sample(range(count), samples))
     body = np.stack([tokens[index * room : (index + 1) * room] for index in chosen])
@@ -74,8 +74,8 @@ def read_windows(
 
 def _too_short(path: Path, found: int, wanted: tuple[int, int, int], fewer: str | None) -> QhubError:
     samples, seq_len, room = wanted
-    if room < 2:
-        return UsageError(f"windows of `{seq_len}` tokens have nothing to predict", hint="give a longer `--seq-len`")
+    if seq_len < 2:
+        return UsageError(f"a window of `{seq_len}` tokens has nothing to predict", hint="give a longer `--seq-len`")
     message = f"`{path}` gives `{found}` tokens; {samples} samples of {seq_len} need {samples * room}"
     if not found:
         return QhubError(message, hint="give a file with text")

@@ -136,7 +136,7 @@ def test_recommend_exits_with_3_where_no_route_is(qhub, toy_plugin, llama):
     env = toy_plugin("picky", TOYS.replace('options = {"grid": 20}', 'reject = lambda self, profile, scheme: "I never do"'))
     ran = qhub("recommend", llama(), "--target", "apple-m1", env=env)
     assert (ran.code, ran.out) == (3, "")
-    assert ran.err.startswith("error: no route from `llama` to `apple-m1`: apple-m1: toy → no exporter: I never do (and 1 more)\n\nhint: ")
+    assert ran.err.startswith("error: no route from `llama` to `apple-m1`: toy → no exporter: I never do (and 1 more)\n\nhint: ")
 
 
 # What the user got wrong: exit code 2, or 1 for broken files; one error, nothing on stdout.

@@ -284,7 +284,7 @@ def test_a_name_that_a_plugin_brings_is_resolved(llama):
     ("source", "kind", "message", "hint"),
     [
         ("demo:llm", UsageError, "unknown model `demo:llm`", "`pip install qhub-demo` may bring it"),
-        ("nothing", UsageError, "unknown model `nothing`", "known: none (a plugin may bring it: `pip install qhub-nothing`)"),
+        ("nothing", UsageError, "unknown model `nothing`", "a model is a folder with config.json and *.safetensors"),
         ("./nothing", UsageError, "`./nothing` does not exist", "give a model folder, or a name such as `demo:llm`"),
         ("a/b/c", UsageError, "`a/b/c` does not exist", "give a model folder, or a name such as `demo:llm`"),
         ("org/name-1.1B", QhubError, "has to be downloaded first", "`hf download org/name-1.1B --local-dir name-1.1B`"),

@@ -233,7 +233,7 @@ def test_the_plugin_itself_can_be_named():
 def test_two_rounding_quantizers_do_not_work_together():
     with pytest.raises(UsageError, match="quantizers `nearest`, `second` do not work together") as caught:
         first(wanted=["nearest", "second"])
-    assert caught.value.hint == "keep one: --plugin nearest"
+    assert caught.value.hint == "keep one: `--plugin nearest`"
 
 
 def test_three_quantizers_are_too_many():

@@ -28,18 +28,23 @@ BLOCKS = 2
 CONTEXT = 128
 _COMMON = {"hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "max_position_embeddings": CONTEXT}
 _GATED = {**_COMMON, "intermediate_size": 128, "num_key_value_heads": 2, "pad_token_id": None}
+_GEMMA = {**_GATED, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}
+_FALCON = {**_COMMON, "model_type": "falcon", "new_decoder_architecture": False, "bias": False, "alibi": False}
 FAMILIES: Mapping[str, Mapping[str, object]] = {
     "llama": _GATED,
     "llama-tied": {**_GATED, "model_type": "llama", "tie_word_embeddings": True},
     "mistral": {**_GATED, "sliding_window": None},
     "qwen2": _GATED,
     "qwen3": {**_GATED, "head_dim": 16},
-    "gemma2": {**_GATED, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {**_GATED, "num_key_value_heads": 4},
     "gpt2": {"n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": 4, "n_positions": CONTEXT},
     "opt": {**_COMMON, "ffn_dim": 128, "word_embed_proj_dim": HIDDEN, "pad_token_id": 0, "dropout": 0.0},
     "gpt_neox": {**_COMMON, "intermediate_size": 128},
-    "falcon": {**_COMMON, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False, "alibi": False},
+    "falcon": {**_FALCON, "multi_query": True, "parallel_attn": True},
+    "falcon-new": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-alibi": {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
     "mixtral": {**_GATED, "num_local_experts": 4, "sliding_window": None},
 }
 _FOLDER = Path(tempfile.mkdtemp(prefix="qhub-tiny-models-"))

@@ -39,7 +39,7 @@ _IN_RECIPE = ("plugins", "target", "scheme", "calib", "eval", "max_drop_pct", "s
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which calibration samples are drawn.")
 @click.option("--samples", metavar="N", type=click.IntRange(min=1), help="Number of calibration samples.")
-@click.option("--seq-len", metavar="TOKENS", type=click.IntRange(min=1), help="Tokens per calibration sample.")
+@click.option("--seq-len", metavar="TOKENS", type=click.IntRange(min=2), help="Tokens per sample of text.")
 @click.option("--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme, or float, for matching layers.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's own Python code run.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")

@@ -18,7 +18,7 @@ from qhub.interfaces import Group
 from qhub.quantize.calibrate import InputStatistics
 from qhub.quantize.observe import LayerGroup, Producer, get_weight, is_transposed, set_weight
 from qhub.quantize.qtensor import QTensor
-from qhub.skeleton import BlockCall, run_block
+from qhub.skeleton import BlockCall, hidden_of, run_block
 from qhub.spool import Spool
 from qhub.types import Scheme, last_match
 
@@ -184,8 +184,7 @@ class LiveBlock:
         container = self.module.get_submodule(shape.container)
 
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ANN401
-            result = output[0] if isinstance(output, tuple) else output
-            self._captured.setdefault(shape.container, []).append((args, kwargs, result))
+            self._captured.setdefault(shape.container, []).append((args, kwargs, hidden_of(output)))
 
         stack.callback(container.register_forward_hook(keep, with_kwargs=True).remove)
 
@@ -199,8 +198,7 @@ class LiveBlock:
             for name, module in modules.items():
                 set_weight(module, weights[name])
             for args, kwargs, expected in self._captured[shape.container]:
-                output = container(*args, **kwargs)
-                output = output[0] if isinstance(output, tuple) else output
+                output = hidden_of(container(*args, **kwargs))
                 total += float((output.float() - expected.float()).square().sum())
                 count += expected.numel()
         finally:

@@ -30,17 +30,15 @@ class InputStatistics:
         """
         flat = inputs.reshape(-1, self.inputs)
         self.tokens += len(flat)
-        values = flat.float()
-        magnitude = values.abs().sum(0)
+        magnitude = flat.abs().sum(0, dtype=torch.float32)
         self._abs_sum = magnitude if self._abs_sum is None else self._abs_sum.add_(magnitude)
         if "gram" in self.wanted:
-            self._gram = _accumulate(self._gram, values, values)
+            self._gram = _accumulate(self._gram, flat, flat)
         if "drift" in self.wanted and float_inputs is not None:
-            moved = float_inputs.reshape(-1, self.inputs).float() - values
-            self._drift = _accumulate(self._drift, moved, values)
-
+            moved = float_inputs.reshape(-1, self.inputs).float() - flat.float()
+            self._drift = _accumulate(self._drift, moved.to(flat.dtype), flat)
         if "drift" in self.wanted and missed is not None:
-            self._residual = _accumulate(self._residual, missed.reshape(len(flat), -1).float(), values)
+            self._residual = _accumulate(self._residual, missed.reshape(len(flat), -1).to(flat.dtype), flat)
 
     def rescale(self, scale: torch.Tensor) -> None:
         """Account for an input scale (K,) folded into the producer after these statistics were taken."""
@@ -84,7 +82,11 @@ class InputStatistics:
 
 
 def _accumulate(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """total + leftᵀ·right, reusing the memory of `total`."""
-    if total is None:
-        return left.t() @ right
-    return total.addmm_(left.t(), right)
+    """total + leftᵀ·right in float32, reusing the memory of `total`.
+
+    bf16 inputs are multiplied as they are: the sum over a batch is taken in float32 and rounded once per batch.
+    """
+    if left.dtype == torch.float32 and total is not None:
+        return total.addmm_(left.t(), right)
+    product = (left.t() @ right).float()
+    return product if total is None else total.add_(product)

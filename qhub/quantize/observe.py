@@ -19,6 +19,7 @@ from qhub.skeleton import BlockCall, run_block
 
 PROBE_TOKENS = 64
 _LINEAR_TOLERANCE = 1e-7  # share of the signal that may be left after one factor per channel, float32
+_ONLY_LINEAR = "qhub quantizes blocks of linear layers; mixtures of experts (fused) and state-space blocks are not among them yet"
 _Key = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -107,7 +108,7 @@ def _refuse_other_matrices(block: nn.Module) -> None:
     ]
     if bad:
         message = f"`{type(block).__name__}` holds weights that are not linear layers: {', '.join(bad)}"
-        raise Unsupported(message, hint="mixture-of-experts blocks with fused experts are not supported yet")
+        raise Unsupported(message, hint=_ONLY_LINEAR)
 
 
 @dataclass

@@ -69,9 +69,13 @@ def _unknown_model(source: str, models: Iterable[str]) -> UsageError:
     from qhub.plugins import suggest
 
     plugin, colon, _ = source.partition(":")
-    hint = f"`pip install qhub-{plugin}` may bring it" if colon and not models else suggest(source, models)
-    if colon and models:
+    if not colon:
+        brought = ", or a name that a plugin brings: " + ", ".join(sorted(models)) if models else ""
+        hint = f"a model is a folder with {CONFIG} and *.safetensors{brought}"
+    elif models:
         hint = suggest(source, models).replace(f"qhub-{source}", f"qhub-{plugin}")
+    else:
+        hint = f"`pip install qhub-{plugin}` may bring it"
     return UsageError(f"unknown model `{source}`: no folder and no plugin has that name", hint=hint)
 
 

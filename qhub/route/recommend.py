@@ -76,6 +76,8 @@ def recommend(
 def _no_route(search: Search, targets: Sequence[Target], rejected: Sequence[Rejected]) -> NoRouteError:
     names = ", ".join(f"`{target.name}`" for target in targets)
     why = f": {rejected[0].route}: {rejected[0].reason}" if rejected else ""
+    if len(targets) == 1:
+        why = why.replace(f": {targets[0].name}: ", ": ", 1)
     more = f" (and {len(rejected) - 1} more)" if len(rejected) > 1 else ""
     hint = f"`qhub recommend {search.profile.path} --explain` shows every rejected route; `qhub plugins` what is installed"
     return NoRouteError(f"no route from `{search.profile.source}` to {names}{why}{more}", hint=hint)

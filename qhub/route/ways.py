@@ -139,7 +139,7 @@ def _combined(quantizers: Sequence[Quantizer]) -> Method:
     scaling = [quantizer for quantizer in quantizers if quantizer.scales]
     if len(rounding) > 1:
         names = "`, `".join(quantizer.name for quantizer in rounding)
-        raise UsageError(f"quantizers `{names}` do not work together: each of them rounds", hint=f"keep one: --plugin {rounding[0].name}")
+        raise UsageError(f"quantizers `{names}` do not work together: each of them rounds", hint=f"keep one: `--plugin {rounding[0].name}`")
     if len(quantizers) > 2:
         names = "`, `".join(quantizer.name for quantizer in quantizers)
         raise UsageError(

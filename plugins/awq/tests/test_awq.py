@@ -36,7 +36,7 @@ class Watched(Awq):
             return float(output_loss(scaled[name] - weight, group.stats.gram).mean())
 
         ones = torch.ones(len(group.stats.abs_mean))
-        self.scales_chosen[block.index, *group.weights] = objective(ones), objective(ones if scale is None else scale)
+        self.scales_chosen[block.index, "".join(group.weights)] = objective(ones), objective(ones if scale is None else scale)
         return scale
 
     def quantize_group(self, group, block):
@@ -48,10 +48,12 @@ class Watched(Awq):
         return result
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2"])
-@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w3a16-g16-sym"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("llama", "w4a16-g32-asym"), ("gpt2", "w3a16-g16-sym"), ("falcon", "w2a16-g64-asym"), ("gemma2", "w4a16-channel-sym")],
+)
 def test_it_is_never_worse_than_rtn_on_the_calibration_objective(tmp_path, family, scheme):
-    quantizer = Watched(compensate=False)  # so that the weight itself is what rows are judged by
+    quantizer = Watched(steps=5, compensate=False)  # so that the weight itself is what rows are judged by
     quantize(tiny_model(family), tmp_path, quantizer, scheme, ids=IDS)
     assert quantizer.scales_chosen
     for group, (plain, chosen) in quantizer.scales_chosen.items():
@@ -85,7 +87,7 @@ def test_scales_are_folded_into_the_producers(tmp_path):
     before, shard = load_file(source / "model.safetensors"), load_file(tmp_path / "model" / "model-00002-of-00003.safetensors")
     for name in ("input_layernorm", "post_attention_layernorm"):
         ratio = before[f"model.layers.0.{name}.weight"].float() / shard[f"model.layers.0.{name}.weight"].float()
-        assert float(ratio.max() / ratio.min()) > 1.2, "the norm gives what the layers take"
+        assert float(ratio.max() / ratio.min()) > 1.05, "the norm gives what the layers take"
         assert bool((ratio > 0).all())
     written = QuantizedWeights(tmp_path / "model").layer("model.layers.0.self_attn.q_proj").dequantize()
     ratio = before["model.layers.0.input_layernorm.weight"].float() / shard["model.layers.0.input_layernorm.weight"].float()

@@ -43,7 +43,7 @@ def test_the_searched_range_is_never_worse_for_any_layer(tmp_path, scheme):
         errors[choice] = {name: float((written.layer(name).dequantize() - original[name]).square().sum()) for name in result.schemes}
     assert all(errors["mse"][name] <= errors["minmax"][name] * (1 + 1e-6) for name in errors["mse"])
     if scheme != "w8a16":
-        assert sum(errors["mse"].values()) < 0.95 * sum(errors["minmax"].values())
+        assert sum(errors["mse"].values()) < 0.98 * sum(errors["minmax"].values())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
