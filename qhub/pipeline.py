@@ -21,6 +21,7 @@ from qhub.route.profile import profile, resolve
 from qhub.route.recipe import FLOAT, Choices, folder_sha256, from_yaml, make_recipe, to_yaml, versions
 from qhub.route.recommend import named, recommend
 from qhub.route.registry import find_target, load_registry
+from qhub.route.ways import read_wanted
 from qhub.rundir import RECIPE, STATE, RunDir, Settings, locked
 from qhub.stage import STAGES, execute
 from qhub.types import Goals, ModelProfile, ModelSource, Recipe, Route, Scheme
@@ -72,6 +73,7 @@ def plan(request: RunRequest, plugins: Plugins) -> Plan:
     """
     if request.recipe is not None:
         return _repeat(request, request.recipe, plugins)
+    _check_names(request, plugins)
     source = resolve(request.model or texts.FALLBACK_MODEL, plugins)
     found = profile(source, plugins)
     goals = Goals() if request.max_drop_pct is None else Goals(max_drop_pct=request.max_drop_pct)
@@ -96,6 +98,8 @@ def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
     route = _route(again, found, recipe.goals, plugins)
     route = replace(route, exporter=recipe.exporter, runtime=recipe.runtime)
     preflight.check_model(found)
+    preflight.check_options(recipe, plugins)
+    preflight.check_overrides(found, recipe, plugins)
     for data in (recipe.calibration, recipe.evaluation):
         preflight.check_text(data, recorded=True)
     return _checked(request, recipe, route, found)
@@ -115,7 +119,7 @@ def _model_of(request: RunRequest, recipe: Recipe, path: Path, plugins: Plugins)
         source = plugins.models[recipe.model]
     if not source.path.is_dir():
         message = f"the model of `{path}` is no longer at `{source.path}`"
-        raise QhubError(message, hint=f"say where it is: `qhub run MODEL --recipe {path}`")
+        raise QhubError(message, hint=f"say where it is: `qhub run MODEL --recipe {path}{' --resume' if request.resume else ''}`")
     if folder_sha256(source.path) != recipe.model_sha256:
         message = f"the model at `{source.path}` is not the one that `{path}` was written for (its sha256 differs)"
         raise QhubError(message, hint=f"get the same files again, or start a new run: `qhub run {source.path}`")
@@ -153,6 +157,15 @@ def _finish(route: Route, found: ModelProfile) -> str | None:
     target = registry.targets.get(route.target)
     finishers = () if target is None else registry.finishers(target, found.task)
     return f"{named(finishers)} would finish it on `{route.target}`" if finishers else None
+
+
+def _check_names(request: RunRequest, plugins: Plugins) -> None:
+    """Names are checked first: a misspelt one should not cost reading a model."""
+    read_wanted(request.plugins, plugins, load_registry())
+    find_target(request.target, plugins)
+    if request.scheme is not None:
+        Scheme.parse(request.scheme)
+    dict(_overrides(request.overrides))
 
 
 def _route(request: RunRequest, found: ModelProfile, goals: Goals, plugins: Plugins) -> Route:
@@ -204,7 +217,8 @@ def _overrides(given: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _settings(request: RunRequest) -> Settings:
-    return Settings(_device(request.device), request.max_memory_bytes, request.trust_remote_code)
+    device = request.device if request.device == "auto" else _device(request.device)
+    return Settings(device, request.max_memory_bytes, request.trust_remote_code)
 
 
 def _device(name: str) -> str:
@@ -214,7 +228,7 @@ def _device(name: str) -> str:
     """
     if name == "cpu":
         return name
-    import torch
+    import torch  # a plan without it is made in a tenth of the time
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -275,12 +289,13 @@ def run(found: Plan, plugins: Plugins, events: Events, *, resume: bool = False) 
 def _directory(found: Plan, events: Events, *, resume: bool) -> RunDir:
     """The run directory, new or as an interrupted process left it."""
     events.file = found.out / "events.jsonl"
+    settings = replace(found.settings, device=_device(found.settings.device))
     if not resume:
-        return RunDir.create(found.out, found.settings, to_yaml(found.recipe))
+        return RunDir.create(found.out, settings, to_yaml(found.recipe))
     began = read_recipe(found.out / RECIPE)
     recipe = to_yaml(replace(found.recipe, versions=began.versions))
     directory = RunDir(found.out).tidy()
-    directory = directory.create(found.out, found.settings, recipe, done=_done(found.out))
+    directory = directory.create(found.out, settings, recipe, done=_done(found.out))
     now = versions(began.versions)
     changed = [f"{name} {old} → {now.get(name, 'none')}" for name, old in began.versions.items() if now.get(name) != old]
     if changed and directory.holds_results:

@@ -14,6 +14,7 @@ from qhub.route.recipe import FLOAT, file_sha256, from_yaml
 from qhub.rundir import RECIPE, STATE, RunDir
 from qhub.tokens import documents
 from qhub.types import Calibration, ModelProfile, Recipe, Scheme, last_match
+from qhub.units import human_bytes
 
 _BASE_BYTES = 700 << 20  # Python with torch and transformers, measured
 _HALF_MADE = {f"{RECIPE}.partial"}  # all that is there when a run ends before its recipe is written
@@ -118,6 +119,18 @@ def check_overrides(found: ModelProfile, recipe: Recipe, plugins: Plugins) -> No
                 raise UsageError(f"override `{pattern}={chosen}`: {why}", hint=f"to keep layers as they are: `{pattern}={FLOAT}`")
 
 
+def check_options(recipe: Recipe, plugins: Plugins) -> None:
+    """Let each quantizer look at its options.
+
+    :raises UsageError: when it does not know one, or the recipe has options for a method that it does not use.
+    """
+    for name, options in recipe.options.items():
+        if name not in recipe.method.split("+"):
+            message = f"the recipe has options for `{name}`, which its method `{recipe.method}` does not use"
+            raise UsageError(message, hint=f"leave them out, or change the method: `{recipe.method}+{name}`")
+        type(plugins.quantizers[name])(**options)
+
+
 def check_memory(found: ModelProfile, recipe: Recipe, needs: Estimate, bound: int | None) -> None:
     """Refuse a bound that cannot hold; hidden states take at most a quarter of it, the rest goes to disk.
 
@@ -144,7 +157,7 @@ def check_disk(out: Path, needed: int) -> None:
         raise QhubError(f"`{where}` is not writable", hint=elsewhere)
     free = shutil.disk_usage(where).free
     if free < needed:
-        message = f"`{where}` has `{free / 1e9:.2f}` GB free; the run needs about {needed / 1e9:.2f} GB"
+        message = f"`{where}` has `{human_bytes(free)}` free; the run needs about {human_bytes(needed)}"
         raise QhubError(message, hint="free some space, or give a directory on another disk: `--out DIR`")
 
 

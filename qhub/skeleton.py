@@ -311,8 +311,8 @@ def model_config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN4
     try:
         said = json.loads(path.read_text(encoding="utf-8"))  # says more clearly than transformers what is wrong with the file
         kind, own_code = said.get("model_type"), "auto_map" in said
-    except (ValueError, AttributeError) as error:
-        raise DamagedModelError(f"`{path}` is not a JSON object: {error}", hint="download it again") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedModelError(f"transformers cannot read `{path}`: {error}", hint="download it again") from None
     if kind not in CONFIG_MAPPING and not own_code:
         message = f"this version of transformers does not know the architecture `{kind}` of `{folder}`"
         raise Unsupported(message, hint="`pip install -U transformers` may bring it")

@@ -7,8 +7,10 @@ folder of that name appears under its final name (Python tells a process of its 
 from __future__ import annotations
 
 import fnmatch
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -78,6 +80,21 @@ class Started:
         assert self.process.is_alive(), f"it ended before the moment came: {self.err.read_text()}"
         os.kill(self.process.pid, number)
         return self.wait()
+
+
+def deep(model: Path, blocks: int = 6) -> Path:
+    """A copy of a tiny Llama that has its first block `blocks` times: there is time to watch a run of it."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model, model.with_name("deep"))
+    found = load_file(folder / "model.safetensors")
+    first = {name: tensor for name, tensor in found.items() if name.startswith("model.layers.0.")}
+    for index in range(blocks):
+        found |= {name.replace(".0.", f".{index}.", 1): tensor.clone() for name, tensor in first.items()}
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": blocks}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def start(arguments: Sequence[object], folder: Path, *, env: dict[str, str] | None = None, die_at: str | None = None) -> Started:

@@ -154,6 +154,23 @@ def test_drift_is_how_far_the_input_moved_from_the_float_models(live, tmp_path):
             block.keep(group, rounded(block, group))
 
 
+@pytest.mark.parametrize(("layer", "reader"), [("self_attn.o_proj", ""), ("mlp.down_proj", "post_attention_layernorm")])
+def test_residual_is_what_the_stream_has_lost_before_the_layer_adds_to_it(live, tmp_path, layer, reader):
+    with live() as block:
+        stream = torch.cat(list(block.hidden)) if reader == "" else inputs_of(block, reader).reshape(6, 24, 64)
+        expected_stream = stream + 0.1 * stream.roll(1, -1)
+        spool = Spool(tmp_path / "residual.spool", 0)
+        for piece in expected_stream.reshape(3, 2, 24, 64):
+            spool.append(piece)
+        block.float_residuals = {(layer,): spool}
+        for group in block.groups():
+            if group.shape.layers != (layer,):
+                assert group.stats.residual is None
+                continue
+            now, lost = inputs_of(block, layer), (expected_stream - stream).reshape(-1, 64)
+            torch.testing.assert_close(group.stats.residual, lost.t() @ now / len(now), rtol=1e-4, atol=1e-5)
+
+
 def test_without_wanted_statistics_the_block_is_not_run(live):
     with live(wanted=frozenset()) as block:
         block.module.forward = None

@@ -37,9 +37,21 @@ def test_statistics_are_means_over_all_tokens(dtype):
     assert found.gram.dtype == found.drift.dtype == found.abs_mean.dtype == torch.float32
 
 
+def test_the_residual_is_what_the_stream_has_lost_against_each_input():
+    missed = [torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(index)) for index in range(3)]
+    found = InputStatistics(12, BOTH)
+    for values, behind in zip(batches(), missed, strict=True):
+        found.add(values, values, behind)
+    tokens, lost = torch.cat(batches()).reshape(-1, 12), torch.cat(missed).reshape(-1, 7)
+    torch.testing.assert_close(found.finish().residual, lost.t() @ tokens / 30, rtol=1e-5, atol=1e-5)
+    scale = torch.linspace(0.5, 2, 12)
+    found.rescale(scale)
+    torch.testing.assert_close(found.residual, lost.t() @ (tokens / scale) / 30, rtol=1e-5, atol=1e-5)
+
+
 def test_only_what_was_asked_for_is_collected():
     found = statistics(frozenset({"gram"}), [(value, value) for value in batches()])
-    assert found.drift is None
+    assert (found.drift, found.residual) == (None, None)
     assert statistics(frozenset(), [(value, value) for value in batches()]).gram is None
 
 

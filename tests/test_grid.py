@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from qhub.errors import Unsupported
-from qhub.quantize.grid import minmax_grid, on_grid, quantize_rtn, search_grid
+from qhub.quantize.grid import better_rows, fit_scales, minmax_grid, on_grid, quantize_rtn, search_grid
+from qhub.quantize.linalg import output_loss
+from qhub.quantize.qtensor import QTensor, dequantize
 from qhub.types import Scheme
 
 BITS = range(2, 9)
@@ -123,3 +125,51 @@ def test_quantizing_leaves_the_weight_alone():
 def test_a_group_size_that_does_not_divide_is_refused():
     with pytest.raises(Unsupported, match="group size `128` does not divide the layer's `192` inputs"):
         minmax_grid(torch.zeros(2, 192), Scheme.parse("w4-g128-sym"), torch.float16)
+
+
+def correlated(inputs=256, seed=3):
+    values = torch.randn(600, inputs, generator=torch.Generator().manual_seed(seed))
+    values = values + 2 * values.roll(1, 1)
+    values[:, ::37] *= 6
+    return values.t() @ values / 600
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme.parse(f"w{bits}-{layout}") for bits in (2, 4) for layout in ("g32-asym", "channel-sym")], ids=str
+)
+def test_fitted_scales_have_the_least_output_error_for_their_codes(scheme):
+    weight, gram = weights()[10:], correlated()
+    plain = quantize_rtn(weight, scheme, torch.float16)
+    fitted = fit_scales(weight, plain, gram, torch.float16)
+    check_is_storable(QTensor(plain.codes, fitted.scale, fitted.zero, plain.bits, plain.symmetric), scheme, torch.float16)
+    assert torch.equal(fitted.zero, plain.zero)
+
+    def loss(scale):
+        return output_loss(dequantize(plain.codes, scale, plain.zero) - weight, gram)
+
+    assert bool((loss(fitted.scale) < loss(plain.scale)).all())
+    for factor in (0.98, 1.02):
+        assert bool((loss(fitted.scale * factor) > loss(fitted.scale)).all()), "scales nearby are worse"
+
+
+def test_a_scale_that_would_move_far_stays():
+    """Codes that have nothing to do with the weights, or weights that are zero."""
+    weight, scheme, gram = weights(), Scheme.parse("w4-g32-asym"), correlated()
+    tensor = quantize_rtn(-weight, scheme, torch.float16)
+    fitted = fit_scales(weight, tensor, gram, torch.float16)
+    assert bool((fitted.scale <= 2.001 * tensor.scale).all())
+    assert bool((fitted.scale >= 0.5 * tensor.scale).all())
+    assert torch.equal(fitted.scale[3], tensor.scale[3])
+
+
+def test_the_better_of_two_is_chosen_row_by_row():
+    weight, gram = weights()[10:], correlated()
+    one, other = (quantize_rtn(weight, Scheme.parse(text), torch.float16) for text in ("w4-g64-asym", "w4-g64-asym"))
+    worse = torch.arange(len(weight)) % 2 == 0
+    one = QTensor(torch.where(worse.unsqueeze(1), 15 - one.codes, one.codes), one.scale, one.zero, 4, False)
+    other = QTensor(torch.where(worse.unsqueeze(1), other.codes, 15 - other.codes), other.scale * 1.5, other.zero, 4, False)
+    best = better_rows(weight, gram, one, other)
+    chosen = torch.where((output_loss(other.dequantize() - weight, gram) < output_loss(one.dequantize() - weight, gram)).unsqueeze(1), 1, 0)
+    assert 0 < int(chosen.sum()) < len(weight)
+    assert torch.equal(best.dequantize(), torch.where(chosen == 1, other.dequantize(), one.dequantize()))
+    assert (best.bits, best.symmetric) == (4, False)

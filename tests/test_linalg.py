@@ -134,6 +134,20 @@ def test_compensation_is_the_least_squares_solution():
     assert error(found) < 0.9 * error(weight)
 
 
+def test_with_the_residual_it_also_makes_up_for_what_the_stream_has_lost():
+    """W′ minimises ‖X W′ᵀ + R − (X_float Wᵀ + R_float)‖ for the stream R that the layer's output is added to."""
+    float_inputs = inputs(500, 60)
+    quantized_inputs = float_inputs + 0.1 * inputs(500, 60, seed=2)
+    missed = 0.3 * quantized_inputs[:, :9] + 0.1 * inputs(500, 9, seed=5)
+    weight = torch.randn(9, 60, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    drift, residual = (float_inputs - quantized_inputs).t() @ quantized_inputs / 500, missed.t() @ quantized_inputs / 500
+    kept = residual.clone()
+    found = compensate(weight, drift, upper_factor(gram_of(quantized_inputs), 0.0), residual)
+    expected = torch.linalg.lstsq(quantized_inputs, float_inputs @ weight.t() + missed).solution.t()
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(residual, kept)
+
+
 def test_without_drift_there_is_nothing_to_compensate():
     weight = torch.randn(4, 20)
     gram = gram_of(inputs(100, 20)).float()

@@ -89,6 +89,22 @@ def test_groups_and_producers_are_found(family):
     assert found == EXPECTED[family]
 
 
+#: family → layers whose output is added to the residual stream → who reads that stream before (`""`: the block)
+RESIDUALS = {
+    "llama": {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"},
+    "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
+    "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
+    "gemma2": {},  # a norm lies between
+    "falcon": {},  # attention and MLP are added together
+}
+
+
+@pytest.mark.parametrize("family", RESIDUALS)
+def test_additions_to_the_residual_stream_are_found(family):
+    found = {group.layers[0]: group.residual for group in observed(family) if group.residual is not None}
+    assert found == RESIDUALS[family]
+
+
 def test_each_matrix_by_itself_needs_no_weights():
     skeleton = Skeleton(FloatWeights(tiny_model("gpt2")))
     groups = each_matrix(skeleton.empty_block(0))

@@ -145,7 +145,7 @@ def test_a_model_that_is_quantized_already_holds_no_float_weights(copy_of):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "nonsense"}, "transformers cannot read"),
+        ({"model_type": "nonsense"}, "does not know the architecture `nonsense`"),
         ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "is not a causal language model"),
     ],
     ids=["an unknown type", "no language model"],

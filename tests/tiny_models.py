@@ -33,7 +33,7 @@ _FALCON = {**_COMMON, "model_type": "falcon", "new_decoder_architecture": False,
 FAMILIES: Mapping[str, Mapping[str, object]] = {
     "llama": _GATED,
     "llama-tied": {**_GATED, "model_type": "llama", "tie_word_embeddings": True},
-    "mistral": {**_GATED, "sliding_window": None},
+    "mistral": {**_GATED, "sliding_window": 16},
     "qwen2": _GATED,
     "qwen3": {**_GATED, "head_dim": 16},
     "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
@@ -47,6 +47,31 @@ FAMILIES: Mapping[str, Mapping[str, object]] = {
     "falcon-alibi": {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True, "alibi": True},
     "mixtral": {**_GATED, "num_local_experts": 4, "sliding_window": None},
 }
+_GPT = {"n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": 4, "n_positions": CONTEXT}
+_MULTI_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+#: Families beyond those that most tests look at, each with something of its own in its blocks.
+MORE: Mapping[str, Mapping[str, object]] = {
+    "bloom": {"hidden_size": HIDDEN, "n_layer": BLOCKS, "n_head": 4},
+    "cohere": _GATED,
+    "deepseek_v3": {**_GATED, **_MULTI_LATENT, "num_key_value_heads": 4},
+    "diffllama": _GATED,
+    "gpt_bigcode": _GPT,
+    "gpt_neo": {
+        "hidden_size": HIDDEN,
+        "num_layers": BLOCKS,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "max_position_embeddings": CONTEXT,
+        "window_size": 16,
+    },
+    "gptj": {**_GPT, "rotary_dim": 8},
+    "mpt": {"d_model": HIDDEN, "n_layers": BLOCKS, "n_heads": 4, "max_seq_len": CONTEXT},
+    "olmo2": _GATED,
+    "openai-gpt": _GPT,
+    "opt-post-norm": {**FAMILIES["opt"], "model_type": "opt", "do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "phi": _GATED,
+    "stablelm": _GATED,
+}
 _FOLDER = Path(tempfile.mkdtemp(prefix="qhub-tiny-models-"))
 atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 
@@ -55,7 +80,7 @@ atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Path:
     """The folder of a random model of `family` with its tokenizer; tests must not write into it."""
     folder = _FOLDER / f"{family}-{str(dtype).removeprefix('torch.')}"
-    settings = {"model_type": family, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, **FAMILIES[family]}
+    settings = {"model_type": family, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, **{**FAMILIES, **MORE}[family]}
     config = AutoConfig.for_model(**settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -22,7 +22,7 @@ from qhub.skeleton import BlockCall, hidden_of, run_block
 from qhub.spool import Spool
 from qhub.types import Scheme, last_match
 
-SAMPLE_BATCHES = 4  # batches whose outputs judge an input scale
+SAMPLE_BATCHES = 2  # batches whose outputs judge an input scale
 
 
 @dataclass

@@ -149,11 +149,11 @@ def from_yaml(text: str) -> Recipe:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         where = str(error).splitlines()[0]
-        raise UsageError(f"the recipe is not YAML: {where}", hint="`qhub run --dry-run` writes one to start from") from None
+        raise UsageError(f"the recipe is not YAML: {where}", hint="every run directory holds one to start from: recipe.yaml") from None
     values = _read("recipe", data, _RECIPE)
     for key in ("model", "model_path", "model_sha256", "target", "method", "scheme"):
         if key not in values:
-            raise UsageError(f"the recipe has no `{key}`", hint="`qhub run --dry-run` writes a complete one")
+            raise UsageError(f"the recipe has no `{key}`", hint="every run directory holds a complete one: recipe.yaml")
     return Recipe(**values)
 
 
@@ -184,6 +184,12 @@ def _count(where: str, value: Any) -> int:  # noqa: ANN401 - YAML
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise _bad(where, value, "a number from 0 up")
     return value
+
+
+def _positive(where: str, value: Any) -> int:  # noqa: ANN401 - YAML
+    if _count(where, value) < 1:
+        raise _bad(where, value, "a number from 1 up")
+    return int(value)
 
 
 def _quantity(where: str, value: Any) -> float:  # noqa: ANN401 - YAML
@@ -220,7 +226,7 @@ def _anything(where: str, value: Any) -> Any:  # noqa: ANN401 - a plugin's optio
 
 
 def _calibration(where: str, value: Any) -> Calibration:  # noqa: ANN401 - YAML
-    readers: dict[str, _Reader] = {"data": _text, "data_sha256": _text, "samples": _count, "seq_len": _count}
+    readers: dict[str, _Reader] = {"data": _text, "data_sha256": _text, "samples": _positive, "seq_len": _positive}
     values = _read(where, value, readers)
     if "data" not in values:
         raise UsageError(f"`{where}` has no `data`", hint="write the path of a text file there")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-PROMPTS = ("def read_lines(path):\n", "class Queue:\n    def __init__(self")
+PROMPTS = ("def read_file(path):", "class Queue:\n    def __init__(self")
 NEW_TOKENS = 60
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 import sysconfig
@@ -11,9 +12,8 @@ import pytest
 from qhub_demo import plugin
 
 TRAIN = Path(__file__).parent.parent / "train"
-LLM = plugin.DATA / "llm"
-# Measured: see README.md. The bounds leave a margin for other versions of torch.
-PERPLEXITY_BOUND = 99.0
+# Measured 8.55 on these windows (they are easier than the whole text); the margin is for other versions of torch.
+PERPLEXITY_BOUND = 9.5
 WINDOWS, WINDOW_TOKENS = 8, 512
 
 
@@ -71,9 +71,7 @@ def test_the_plugin_offers_demo_llm_with_calibration_and_evaluation_text(source)
     assert source.calibration.read_bytes() != source.evaluation.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_the_model_folder_holds(source, name):
     assert (source.path / name).is_file()
 
@@ -132,18 +130,16 @@ def _losses(model, chunk, torch):
     return torch.nn.functional.cross_entropy(model(inputs).logits[0, :-1], chunk, reduction="none")
 
 
-def test_a_continuation_of_def_is_a_function(tokenizer, model):
-    text = _continued("def ", tokenizer, model)
-    head, _, body = text.partition(":\n")
-    assert head.removeprefix("def ").partition("(")[0].isidentifier()
-    assert body.startswith("    ")
+def test_a_continuation_of_def_is_an_indented_body(tokenizer, model):
+    _, *body = [line for line in _continued("def read_file(path):", tokenizer, model).splitlines() if line.strip()]
+    assert len(body) >= 4
+    assert all(line.startswith("    ") for line in body)
+    assert re.search(r"^ +(return|raise|if|for|with|self\.)\b", "\n".join(body), re.MULTILINE)
 
 
-def test_a_continuation_of_a_class_is_indented_like_python(tokenizer, model):
-    lines = [line for line in _continued("class Queue:\n", tokenizer, model).splitlines()[1:] if line.strip()]
-    assert len(lines) >= 3
-    assert lines[0].startswith("    ")
-    assert all((len(line) - len(line.lstrip())) % 4 == 0 for line in lines[:3])
+def test_a_constructor_keeps_its_arguments(tokenizer, model):
+    text = _continued("class Queue:\n    def __init__(self", tokenizer, model)
+    assert re.search(r"^ {8}self\.(\w+) = \1$", text, re.MULTILINE)
 
 
 def _continued(prompt, tokenizer, model):

@@ -17,7 +17,8 @@ class Gptq(Quantizer):
     """GPTQ with activation order on static groups, searched ranges and compensation of the quantized prefix.
 
     Options: `damping` (share of the mean of the Hessian's diagonal added to it), `compensate` (correct for how the blocks
-    and layers before moved this layer's input).
+    and layers before moved this layer's input), `refits` (how often scales are fitted to the codes and the layer solved
+    again; auto: once, twice below 4 bits).
     """
 
     name = "gptq"
@@ -25,7 +26,7 @@ class Gptq(Quantizer):
     distribution = "qhub-gptq"
     requires = ("torch",)
     needs = frozenset({"gram", "drift"})
-    options: ClassVar[Mapping[str, Any]] = {"damping": 0.03, "compensate": True, "refits": 1}
+    options: ClassVar[Mapping[str, Any]] = {"damping": 0.03, "compensate": True, "refits": "auto"}
 
     def quantize_group(self, group: Group, block: Block) -> Mapping[str, QTensor]:
         """Layers that read one input share its Hessian: those of one scheme are solved as one tall matrix."""
@@ -57,7 +58,8 @@ class Gptq(Quantizer):
             weight = weight if factor is None else compensate(weight, drift, factor, group.stats.residual)
         grid = search_grid(weight, scheme, block.dtype, gram.diagonal())
         solved: QTensor | None = None
-        for _ in range(1 + int(self.settings["refits"])):
+        refits = self.settings["refits"]
+        for _ in range(1 + (int(scheme.weight_bits < 4) + 1 if refits == "auto" else int(refits))):
             if solved is not None:
                 grid = fit_scales(weight, solved, gram, block.dtype)
             codes = round_with_feedback(weight, grid, gram, scheme.weight_bits, damping)
