@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -75,10 +77,11 @@ class Plugins:
     def _register(self, point: metadata.EntryPoint) -> str | None:
         module: Any = None
         try:
-            module = point.load()
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is data: a plugin that greets must not spoil it
+                module = point.load()
             self.manager.register(module, name=point.name)
             self.manager.check_pending()
-        except Exception as error:  # noqa: BLE001 - a plugin's import may fail in any way; the others must go on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin's import may fail in any way; the others must go on
             if module is not None and self.manager.is_registered(module):
                 self.manager.unregister(module)
             return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -249,10 +249,10 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0] not in STAGES:
         print(f"usage: python -m qhub.stage {{{','.join(STAGES)}}} RUN_DIR", file=sys.stderr)
         return 2
-    run = RunDir.open(Path(arguments[1]))
     stdout = sys.stdout  # stages have theirs redirected
-    events = Events(run.events, lambda event: print(json.dumps(event), file=stdout, flush=True))
     try:
+        run = RunDir.open(Path(arguments[1]))
+        events = Events(run.events, lambda event: print(json.dumps(event), file=stdout, flush=True))
         execute(arguments[0], run, Plugins.load(), events)
     except QhubError as error:
         print(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)

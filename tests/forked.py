@@ -1,7 +1,7 @@
 """The real `qhub` command in processes of its own that start at once: forked from one that already holds torch and transformers.
 
 `run` waits for the end; `start` returns a process to watch, interrupt or kill. `die_at` kills it with -9 just before a file or
-folder of that name appears under its final name (Python tells a process of its own renames).
+folder of that name appears under its final name (Python tells a process of its own renames), `nth` when that happens again.
 """
 
 from __future__ import annotations
@@ -97,28 +97,49 @@ def deep(model: Path, blocks: int = 6) -> Path:
     return folder
 
 
-def start(arguments: Sequence[object], folder: Path, *, env: dict[str, str] | None = None, die_at: str | None = None) -> Started:
-    """Start `qhub …` in `folder` with qhub's own plugins; `env` adds to the environment."""
+def start(
+    arguments: Sequence[object],
+    folder: Path,
+    *,
+    env: dict[str, str] | None = None,
+    die_at: str | None = None,
+    nth: int = 1,
+    terminal: Path | None = None,
+) -> Started:
+    """Start `qhub …` in `folder` with qhub's own plugins; `env` adds to the environment. Without a terminal, it writes to files."""
     variables = {"QHUB_PLUGINS": ",".join(PLUGINS), **(env or {})}
-    streams = [folder.parent / f"{folder.name}-{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
-    process = _CONTEXT.Process(target=_qhub, args=([*map(str, arguments)], folder, variables, streams, die_at))
+    streams = [terminal or folder.parent / f"{folder.name}-{time.monotonic_ns()}.{kind}" for kind in ("out", "err")]
+    process = _CONTEXT.Process(target=_qhub, args=([*map(str, arguments)], folder, variables, streams, _Death(die_at, nth)))
     process.start()
     return Started(process, *streams)
 
 
-def run(arguments: Sequence[object], folder: Path, *, env: dict[str, str] | None = None, die_at: str | None = None) -> Ran:
+def run(arguments: Sequence[object], folder: Path, *, env: dict[str, str] | None = None, die_at: str | None = None, nth: int = 1) -> Ran:
     """What `qhub …` in `folder` did."""
-    return start(arguments, folder, env=env, die_at=die_at).wait()
+    return start(arguments, folder, env=env, die_at=die_at, nth=nth).wait()
 
 
-def _qhub(arguments: list[str], folder: Path, variables: dict[str, str], streams: list[Path], die_at: str | None) -> None:
+@dataclass
+class _Death:
+    name: str | None
+    left: int
+
+    def __call__(self, event: str, details: Sequence[object]) -> None:
+        if event == "os.rename" and self.name is not None and fnmatch.fnmatchcase(str(details[1]), f"*/{self.name}"):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _qhub(arguments: list[str], folder: Path, variables: dict[str, str], streams: list[Path], death: _Death) -> None:
     for path, number in zip(streams, (1, 2), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2))
     os.chdir(folder)
     os.environ.update(variables)
-    if die_at is not None:
-        sys.addaudithook(lambda event, details: _die(die_at, details) if event == "os.rename" else None)
+    sys.path[:0] = variables.get("PYTHONPATH", "").split(os.pathsep)
+    if death.name is not None:
+        sys.addaudithook(death)
     import torch
 
     from qhub.cli import main
@@ -127,8 +148,3 @@ def _qhub(arguments: list[str], folder: Path, variables: dict[str, str], streams
     code = main(arguments)
     sys.stdout.flush()
     sys.exit(code)
-
-
-def _die(name: str, details: Sequence[object]) -> None:
-    if fnmatch.fnmatchcase(str(details[1]), f"*/{name}"):
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,8 @@
 """Bad input to `qhub run`: one clear error with a hint, the right exit code, nothing on stdout, and no trace on the disk.
 
-Each row of the table is: what is wrong · how it is brought about · further arguments · exit code · error · hint. A run that
-had begun (its plan was already shown) is marked; it too leaves nothing behind. `{here}` is the working directory, `…` any text (another library's, mostly).
+Each row of the table is: what is wrong · how it is brought about · exit code · error · hint · further arguments. A run that
+had begun (its plan was already shown) is marked; it too leaves nothing behind. `{here}` is the working directory, `…` any
+text (mostly another library's).
 """
 
 from __future__ import annotations
@@ -224,13 +225,13 @@ CASES = (
         "`model` has no safetensors files",
         "a model folder holds config.json and *.safetensors"),
     Case("truncated weights", lambda here: os.truncate(here / "model" / WEIGHTS, 100_000), 1,
-        "`model/model.safetensors` is not a valid safetensors file: tensor `…0.mlp.down_proj.weight` ends at byte `100704` of a file of `100000` (truncated?)",
+        "`model/model.safetensors` is not …: tensor `…0.mlp.down_proj.weight` ends at byte `100704` of a file of `100000` (truncated?)",
         "download it again, or check how it was written"),
     Case("weights that are text", written(f"model/{WEIGHTS}", "not found, sorry"), 1,
         "`model/model.safetensors` is not a valid safetensors file: its header claims `7959390400869068654` bytes in a file of `16`",
         "download it again, or check how it was written"),
     Case("a header that lies about a size", header(lambda entries: entries[UP].update(shape=[1000, 1000])), 1,
-        "`model/model.safetensors` is not …: tensor `…1.mlp.up_proj.weight` of shape [1000, 1000] F32 needs 4000000 bytes but claims `32768`",
+        "`model/model.safetensors` is not …: tensor `…up_proj.weight` of shape [1000, 1000] F32 needs 4000000 bytes but claims `32768`",
         "download it again, or check how it was written"),
     Case("a header that points outside", header(lambda entries: entries[UP].update(data_offsets=[10**9, 10**9 + 32768])), 1,
         "`model/model.safetensors` is not …: tensor `…1.mlp.up_proj.weight` ends at byte `1000035100` of a file of `364060` (truncated?)",
@@ -486,7 +487,7 @@ def test_bad_input_is_one_clear_error_and_leaves_no_trace(here: Path, case: Case
     before = tree(here)
     ran = run(case.arguments, here)
     assert (ran.code, ran.out) == (case.code, ""), ran.err
-    shown, error, said = ran.err.rpartition("error: ")
+    shown, _, said = ran.err.rpartition("error: ")
     expected = re.escape(f"{case.error}\n\nhint: {case.hint}\n").replace("…", ".+").replace(re.escape("{here}"), re.escape(str(here)))
     assert re.fullmatch(expected, said), said
     assert bool(shown) == case.begun
@@ -516,9 +517,9 @@ def small_disk(here: Path) -> Iterator[Path]:
 def test_a_disk_that_is_too_small_is_refused_before_work_begins(here: Path, small_disk: Path):
     (small_disk / "ballast").write_bytes(bytes(2_900_000))
     ran = run(["run", "model", *BASE, "--out", "disk/out"], here)
-    hint = "free some space, or give a directory on another disk: `--out DIR`"
-    free = re.escape(f"error: `{small_disk}` has `") + r"[\d.]+ kB" + re.escape("` free; the run needs about 6")
-    assert re.fullmatch(free + r"\d\d kB" + re.escape(f"\n\nhint: {hint}\n"), ran.err), ran.err
+    numbers = re.sub(r"\d+ kB", "N kB", ran.err)
+    error = f"error: `{small_disk}` has `N kB` free; the run needs about N kB"
+    assert numbers == f"{error}\n\nhint: free some space, or give a directory on another disk: `--out DIR`\n"
     assert (ran.code, ran.out, [path.name for path in small_disk.iterdir()]) == (1, "", ["ballast"])
 
 

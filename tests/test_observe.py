@@ -95,7 +95,7 @@ RESIDUALS = {
     "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
     "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
     "gemma2": {},  # a norm lies between
-    "falcon": {},  # attention and MLP are added together
+    "gpt_neox": {},  # attention and MLP are added together
 }
 
 

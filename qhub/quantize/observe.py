@@ -163,16 +163,21 @@ def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> _Trace:
 
 def _residual(trace: _Trace, layer: str) -> str | None:
     """The reader of the stream that `layer`'s output is added to, or None when no sum of the two is seen."""
-    output = trace.outputs[layer]
+    output = _tokens(trace.outputs[layer])
     for name, before in trace.readers.items():
-        if before.shape != output.shape:
+        if _tokens(before).shape != output.shape:
             continue
-        total = before + output
+        total = _tokens(before) + output
         tolerance = 1e-5 * float(total.abs().max())
-        for after in (*trace.readers.values(), trace.result):
-            if after.shape == total.shape and after is not before and torch.allclose(after, total, rtol=1e-5, atol=tolerance):
+        for after in (_tokens(value) for value in (*trace.readers.values(), trace.result) if value is not before):
+            if after.shape == total.shape and torch.allclose(after, total, rtol=1e-5, atol=tolerance):
                 return name
     return None
+
+
+def _tokens(values: torch.Tensor) -> torch.Tensor:
+    """values (…, H) as (T, H): some blocks (OPT's) drop the batch dimension on the way."""
+    return values.reshape(-1, values.shape[-1] if values.ndim else 1)
 
 
 def _container(layers: tuple[str, ...]) -> str:

@@ -83,7 +83,7 @@ def layer_tensors(
 
 def _stored_zero(tensor: QTensor, *, transposed: bool, plain: bool) -> torch.Tensor:
     if transposed or plain:
-        zero = (tensor.zero - 2 ** (tensor.bits - 1)).to(torch.int8)
+        zero = (tensor.zero - (1 << (tensor.bits - 1))).to(torch.int8)
         return (zero.t() if transposed else zero).contiguous()
     return pack(tensor.zero.to(torch.uint8).t().contiguous(), tensor.bits).t().contiguous()
 
@@ -242,7 +242,7 @@ class QuantizedWeights:
     def _zero(self, name: str, bits: int, rows: int) -> torch.Tensor:
         stored = read_tensor(self.files, f"{name}.weight_zero_point")
         if stored.dtype == torch.int8:
-            return stored.float() + 2 ** (bits - 1)
+            return stored.float() + (1 << (bits - 1))
         return unpack(stored.t().contiguous(), bits, rows).t().float().contiguous()
 
     def bytes_by_class(self) -> dict[str, int]:

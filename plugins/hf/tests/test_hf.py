@@ -1,0 +1,191 @@
+"""`hf`: the export is the QuantizedModel's own files; the session is transformers, and computes qhub's reference."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from qhub_hf.plugin import FORMAT, HfExporter, HfRuntime, qhub_exporters, qhub_runtimes
+from tiny_models import quantize, quantized_logits, random_ids, tiny_model
+
+from qhub import ModelProfile, QuantizedModel, Quantizer, Recipe, Scheme, Target, folder_digest, quantize_rtn
+
+IDS = random_ids(2, 32)
+RECIPE = Recipe("tiny", "tiny", "", "host", "nearest", "w4a16-g32-asym")
+
+
+class Nearest(Quantizer):
+    """Round to nearest."""
+
+    name = "nearest"
+
+    def quantize_layer(self, weight, scheme, block):
+        return quantize_rtn(weight, scheme, block.dtype)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """A QuantizedModel of a tiny Llama."""
+    folder = tmp_path_factory.mktemp("quantized")
+    quantize(tiny_model("llama"), folder, Nearest(), "w4a16-g32-asym")
+    return QuantizedModel(folder / "model", "weights", "w4a16-g32-asym", "nearest")
+
+
+@pytest.fixture
+def session(quantized):
+    """It, opened."""
+    opened = HfRuntime().open(quantized.path)
+    yield opened
+    if hasattr(opened, "model"):
+        opened.close()
+
+
+@pytest.fixture
+def out(tmp_path):
+    """An empty directory."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_export_links_the_files_and_takes_no_more_disk(quantized, out):
+    artifact = HfExporter().export(quantized, out, RECIPE)
+    assert content(out) == content(quantized.path)
+    assert all(path.samefile(quantized.path / path.name) for path in out.iterdir())
+    assert (artifact.path, artifact.format) == (out, "compressed-tensors")
+    assert (artifact.bytes, artifact.sha256) == folder_digest(quantized.path)
+    assert artifact.bytes == sum(path.stat().st_size for path in out.iterdir())
+
+
+def test_the_export_copies_where_links_do_not_work(quantized, out, monkeypatch):
+    def no_link(_source, _target):
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", no_link)
+    artifact = HfExporter().export(quantized, out, RECIPE)
+    assert content(out) == content(quantized.path)
+    assert not any(path.samefile(quantized.path / path.name) for path in out.iterdir())
+    assert (artifact.bytes, artifact.sha256) == folder_digest(quantized.path)
+
+
+def profile(task):
+    return ModelProfile("m", "m", task, "M", 1, "bf16", 2)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g128-asym", "w3a16-g32-sym", "w8a16", "w2a16-channel-asym"])
+def test_every_weight_only_integer_scheme_is_carried(scheme):
+    assert HfExporter().reject(profile("llm"), Scheme.parse(scheme)) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "scheme", "reason"),
+    [
+        ("vision", "w4a16-g32-asym", "`compressed-tensors` folders hold language models; this is `vision`"),
+        ("llm", "w8a8-static", "`compressed-tensors` as written here does not carry scheme `w8a8-static`"),
+        ("llm", "fp16", "`compressed-tensors` as written here does not carry scheme `fp16`"),
+        ("llm", "nf4", "`compressed-tensors` as written here does not carry scheme `nf4`"),
+    ],
+)
+def test_what_it_does_not_carry_it_refuses_with_the_reason(task, scheme, reason):
+    assert HfExporter().reject(profile(task), Scheme.parse(scheme)) == reason
+
+
+@pytest.mark.parametrize(
+    ("system", "reason"),
+    [("linux", None), ("macos", None), ("windows", None), ("android", "transformers does not run on `android`"),
+     ("none", "transformers does not run on `none`")],
+)  # fmt: skip
+def test_it_runs_where_python_with_torch_runs(system, reason):
+    assert HfRuntime().reject(Target("t", "t", system, "aarch64")) == reason
+
+
+@pytest.mark.parametrize(
+    ("scheme", "overrides"),
+    [
+        ("w4a16-g32-asym", {}),
+        ("w4a16-g32-sym", {}),
+        ("w4a16-g64-sym", {"down_proj": "w8a16", "o_proj": "float"}),
+        ("w4a16-g64-asym", {"down_proj": "w8a16-g32-asym", "q_proj": "w3a16-channel-asym", "v_proj": "w8a16"}),
+    ],
+    ids=["asymmetric", "symmetric", "mixed", "mixed asymmetric"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sessions_logits_are_the_reference(tmp_path, scheme, overrides, dtype):
+    quantize(tiny_model("llama", dtype), tmp_path, Nearest(), scheme, overrides=overrides)
+    session = HfRuntime().open(tmp_path / "model")
+    found = session.logits(IDS.numpy())
+    session.close()
+    assert (found.dtype, found.shape) == (np.float32, (2, 32, 128))
+    assert np.array_equal(found, quantized_logits(tmp_path / "model", IDS).numpy())
+
+
+def greedy(session, ids, count):
+    """Greedy continuation by the logits alone, without a cache."""
+    tokens = list(ids)
+    for _ in range(count):
+        tokens.append(int(session.logits(np.array([tokens]))[0, -1].argmax()))
+    return tokens[len(ids) :]
+
+
+def test_greedy_generation_takes_the_most_probable_token_each_time(session):
+    prompt = IDS[0, :10].tolist()
+    found = list(session.generate(prompt, 12))
+    assert len(found) == 12
+    assert found == greedy(session, prompt, 12)
+    assert found == list(session.generate(prompt, 12))
+
+
+def test_sampling_is_decided_by_its_seed_and_leaves_the_global_one_alone(session):
+    prompt, state = IDS[0, :10].tolist(), torch.random.get_rng_state()
+    one, again, other = (list(session.generate(prompt, 12, temperature=5.0, seed=seed)) for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_generation_ends_at_the_end_token(quantized, tmp_path):
+    """Whatever the model says fourth is made its end token, alone or as one of several."""
+    for stop in (lambda token: token, lambda token: [127, token]):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        HfExporter().export(quantized, folder, RECIPE)
+        session = HfRuntime().open(folder)
+        said = list(session.generate(IDS[0, :10].tolist(), 8))
+        session.close()
+        path = folder / "generation_config.json"
+        changed = json.loads(path.read_text()) | {"eos_token_id": stop(said[3])}
+        path.unlink()  # it is a link
+        path.write_text(json.dumps(changed))
+        session = HfRuntime().open(folder)
+        assert list(session.generate(IDS[0, :10].tolist(), 8)) == said[: said.index(said[3])]
+        session.close()
+
+
+def test_a_closed_session_holds_no_model(session):
+    session.close()
+    assert not hasattr(session, "model")
+
+
+def test_it_is_offered_and_its_declaration_imports_nothing_heavy():
+    assert [exporter.format for exporter in qhub_exporters()] == [FORMAT]
+    assert [runtime.formats for runtime in qhub_runtimes()] == [(FORMAT,)]
+    code = "import sys, qhub_hf.plugin as p; p.qhub_exporters(), p.qhub_runtimes(); print({'torch', 'transformers'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_loading_and_running_say_nothing(quantized, capfd):
+    session = HfRuntime().open(quantized.path)
+    session.logits(IDS.numpy())
+    list(session.generate([1, 2, 3], 2))
+    session.close()
+    assert capfd.readouterr() == ("", "")
