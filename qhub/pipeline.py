@@ -84,7 +84,7 @@ def plan(request: RunRequest, plugins: Plugins) -> Plan:
     preflight.check_overrides(found, recipe, plugins)
     for data in (recipe.calibration, recipe.evaluation):
         preflight.check_text(data)
-    return _checked(request, recipe, route, found)
+    return _checked(request, recipe, _with_warning(route, texts.borrowed(recipe, plugins)), found)
 
 
 def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
@@ -102,7 +102,7 @@ def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
     preflight.check_overrides(found, recipe, plugins)
     for data in (recipe.calibration, recipe.evaluation):
         preflight.check_text(data, recorded=True)
-    return _checked(request, recipe, route, found)
+    return _checked(request, recipe, _with_warning(route, texts.borrowed(recipe, plugins)), found)
 
 
 def _model_of(request: RunRequest, recipe: Recipe, path: Path, plugins: Plugins) -> ModelSource:
@@ -139,13 +139,18 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"`{path}`: {error.message}", hint=error.hint) from None
 
 
+def _with_warning(route: Route, text: str | None) -> Route:
+    return route if text is None else replace(route, warnings=(*route.warnings, text))
+
+
 def _checked(request: RunRequest, recipe: Recipe, route: Route, found: ModelProfile) -> Plan:
     """The plan, once experts, directory, disk, memory and device are known to serve."""
     preflight.check_experts(found, trust_remote_code=request.trust_remote_code)
-    needs, out = preflight.estimate(found, recipe), _out(request, recipe)
+    needs = preflight.estimate(found, recipe, request.max_memory_bytes)
+    out = _out(request, recipe)
     preflight.check_disk(out, int(needs["disk_bytes"] or 0))
     preflight.check_out(out, recipe, resume=request.resume)
-    preflight.check_memory(found, recipe, needs, request.max_memory_bytes)
+    preflight.check_memory(found, recipe, int(needs["peak_bytes"] or 0), request.max_memory_bytes)
     return Plan(recipe, route, found, out, _settings(request), needs, _finish(route, found))
 
 

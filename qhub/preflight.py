@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,34 +15,53 @@ from qhub.tokens import documents
 from qhub.types import Calibration, ModelProfile, Recipe, Scheme, last_match
 from qhub.units import human_bytes
 
-_BASE_BYTES = 700 << 20  # Python with torch and transformers, measured
+_BASE_BYTES = 500 << 20  # Python with torch and transformers, measured
+_SPOOL_BYTES = 768 << 20  # what calibration keeps in memory without a bound
+_TOKENS_AT_ONCE = 2048  # in one forward pass
+_FRAGMENTS = 1.2  # what an allocator takes for tensors that come and go, measured
 _HALF_MADE = {f"{RECIPE}.partial"}  # all that is there when a run ends before its recipe is written
-Estimate = Mapping[str, int | float | None]
 
 
-def estimate(found: ModelProfile, recipe: Recipe) -> dict[str, int | float | None]:
+def estimate(found: ModelProfile, recipe: Recipe, bound: int | None = None) -> dict[str, int | float | None]:
     """Sizes before work begins: of the result, the peak of memory while quantizing, and the disk a run needs.
 
-    Basis: in memory are Python with torch (measured), the tensors outside the blocks, three copies of the largest block
-    (stored, folded in float32), four K×K float32 matrices of its widest layer, and the hidden states of two streams.
+    Basis: in memory are Python with torch and transformers (measured), the tensors outside the blocks, three copies of the
+    largest block (stored, folded in float32), four K×K float32 matrices of its widest layer, one batch's activations, and of
+    what is kept of the calibration tokens 2 GiB, or a quarter of the bound. The rest of it goes to disk, as do the hidden
+    states of two streams before and after a block.
     """
+    spooled, weights = _spooled_bytes(found, recipe), _quantized_bytes(found, recipe)
+    in_memory = min(spooled, _SPOOL_BYTES if bound is None else bound // 4)
+    copies = 2 if recipe.exporter else 1
+    disk = copies * weights + 2 * _stream_bytes(found, recipe) + spooled - in_memory
+    return {"weight_bytes": weights, "peak_bytes": _fixed_bytes(found, recipe) + in_memory, "disk_bytes": disk, "seconds": None}
+
+
+def _fixed_bytes(found: ModelProfile, recipe: Recipe) -> int:
     blocks: dict[int, int] = {}
     for layer in found.layers:
         if layer.block is not None:
             blocks[layer.block] = blocks.get(layer.block, 0) + layer.bytes
-    largest, outside = max(blocks.values(), default=0), found.weight_bytes - sum(blocks.values())
-    widest = max((layer.shape[-1] for layer in found.linears()), default=0)
-    hidden = _hidden_bytes(found, recipe)
-    statistics = 0 if recipe.calibration is None else 4 * widest * widest * 4
-    weights = _quantized_bytes(found, recipe)
-    peak = _BASE_BYTES + outside + 3 * largest + statistics + min(hidden, 2 << 30)
-    copies = 2 if recipe.exporter else 1
-    return {"weight_bytes": weights, "peak_bytes": peak, "disk_bytes": copies * weights + 3 * hidden, "seconds": None}
+    outside, widest = found.weight_bytes - sum(blocks.values()), _widest(found)
+    statistics = 0 if recipe.calibration is None else 4 * widest**2 * 4 + _TOKENS_AT_ONCE * 4 * widest * 4
+    return _BASE_BYTES + outside + 3 * max(blocks.values(), default=0) + statistics
 
 
-def _hidden_bytes(found: ModelProfile, recipe: Recipe) -> int:
+def _widest(found: ModelProfile) -> int:
+    return max((layer.shape[-1] for layer in found.linears()), default=0)
+
+
+def _stream_bytes(found: ModelProfile, recipe: Recipe) -> int:
+    """The hidden states of the calibration tokens, in the float and in the quantized model."""
     data = recipe.calibration
-    return 0 if data is None else 2 * data.samples * data.seq_len * (found.hidden_size or 0) * 4
+    item = 4 if (found.hidden_size or 0) < 1024 or found.dtype == "fp32" else 2  # small models are calibrated in float32
+    return 0 if data is None else 2 * data.samples * data.seq_len * (found.hidden_size or 0) * item
+
+
+def _spooled_bytes(found: ModelProfile, recipe: Recipe) -> int:
+    """The streams, what enters each group of layers, and the residual stream where a group adds to it."""
+    hidden = max(found.hidden_size or 0, 1)
+    return int(_stream_bytes(found, recipe) / 2 * (7 + _widest(found) / hidden) * _FRAGMENTS)
 
 
 def _quantized_bytes(found: ModelProfile, recipe: Recipe) -> int:
@@ -131,15 +149,15 @@ def check_options(recipe: Recipe, plugins: Plugins) -> None:
         type(plugins.quantizers[name])(**options)
 
 
-def check_memory(found: ModelProfile, recipe: Recipe, needs: Estimate, bound: int | None) -> None:
-    """Refuse a bound that cannot hold; hidden states take at most a quarter of it, the rest goes to disk.
+def check_memory(found: ModelProfile, recipe: Recipe, needed: int, bound: int | None) -> None:
+    """Refuse a bound that cannot hold.
 
     :raises QhubError: saying how much is needed.
     """
-    fixed = int(needs["peak_bytes"] or 0) - min(_hidden_bytes(found, recipe), 2 << 30)
-    if bound is None or fixed + min(_hidden_bytes(found, recipe), bound // 4) <= bound:
+    if bound is None or needed <= bound:
         return
-    enough = -(-(fixed + min(_hidden_bytes(found, recipe), fixed // 3)) // 10**7) / 100
+    fixed = _fixed_bytes(found, recipe)
+    enough = -(-(fixed + min(_spooled_bytes(found, recipe), fixed // 3)) // 10**7) / 100  # a quarter of it is for what is kept
     message = f"quantizing `{found.source}` needs about `{enough:.2f}` GB of memory, more than the bound of {bound / 1e9:.2f} GB"
     raise QhubError(message, hint=f"`--max-memory {enough:.2f}` or more")
 

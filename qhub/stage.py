@@ -165,8 +165,8 @@ STAGES: Mapping[str, Stage] = {"quantize": quantize, "export": export, "verify":
 
 
 def hidden_limit_bytes(max_memory_bytes: int | None) -> int:
-    """How much of the memory hidden states may take before they go to disk: a quarter of the bound, else 2 GiB."""
-    return 2 << 30 if max_memory_bytes is None else max_memory_bytes // 4
+    """How much memory hidden states may take before they go to disk: a quarter of the bound, else 768 MiB."""
+    return 768 << 20 if max_memory_bytes is None else max_memory_bytes // 4
 
 
 def _quantizer(recipe: Recipe, plugins: Plugins) -> Quantizer:

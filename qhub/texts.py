@@ -8,7 +8,7 @@ from pathlib import Path
 from qhub.errors import UsageError
 from qhub.plugins import Plugins
 from qhub.route.recipe import file_sha256
-from qhub.types import Calibration, ModelSource
+from qhub.types import Calibration, ModelSource, Recipe
 
 FALLBACK_MODEL = "demo:llm"  # whose texts serve a model that brings none
 _KINDS = "(.txt, .jsonl or .parquet)"
@@ -28,6 +28,19 @@ def of_run(source: ModelSource, given: tuple[str | None, str | None], plugins: P
         what, option = ("calibration", "--calib") if calibration is None else ("evaluation", "--eval")
         raise UsageError(f"`{source.name}` brings no {what} text", hint=f"give one: `{option} TEXT` {_KINDS}")
     return calibration, evaluation
+
+
+def borrowed(recipe: Recipe, plugins: Plugins) -> str | None:
+    """What to say where a model that is not the demo is judged by the demo's texts."""
+    demo = plugins.models.get(FALLBACK_MODEL)
+    if demo is None or recipe.model == FALLBACK_MODEL:
+        return None
+    pairs = ((recipe.calibration, demo.calibration, "--calib"), (recipe.evaluation, demo.evaluation, "--eval"))
+    options = [option for data, path, option in pairs if data is not None and path is not None and Path(data.data) == path.resolve()]
+    if not options:
+        return None
+    yours = " and ".join(f"`{option}`" for option in options)
+    return f"`{recipe.model}` brings no text, so {FALLBACK_MODEL}'s is used, which may be unlike its own: give yours with {yours}"
 
 
 def of_evaluation(folder: Path, recorded: Calibration | None, given: str | None, plugins: Plugins) -> Path:

@@ -32,7 +32,7 @@ BASE = (
     "--samples", "4", "--seq-len", "32", "--out", "out",
 )  # fmt: skip
 #: What a run says before it fails: its plan, and how far it came.
-PROGRESS = re.compile(r"(model|route|size|needs|out): .+|(quantize|export|verify|evaluate|report) .+|warning: .+")
+PROGRESS = re.compile(r"(model|route|text|size|needs|out): .+|(quantize|export|verify|evaluate|report) .+|warning: .+")
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
 NEW_OUT = "give a new directory: `--out DIR`"
@@ -325,8 +325,8 @@ CASES = (
         "use `--device cpu`",
         ["--device", ABSENT]),
     Case("less memory than it takes", nothing, 1,
-        "quantizing `model` needs about `0.74` GB of memory, more than the bound of 0.20 GB",
-        "`--max-memory 0.74` or more",
+        "quantizing `model` needs about `…` GB of memory, more than the bound of 0.20 GB",
+        "`--max-memory …` or more",
         ["--max-memory", "0.2"]),
     # The text is none.
     Case("no such text", nothing, 2,

@@ -58,7 +58,6 @@ apple-m1: toy at w4a16-g32-asym
   because: `toy` needs no data
   because: groups of 32: models up to 2 B parameters lose much to larger groups
   but: nothing installed runs this on `apple-m1`: the run ends with the QuantizedModel; `qhub-mlx` or `qhub-gguf` (planned, not published yet) would finish it
-  missing: qhub-mlx, qhub-gguf
 """  # noqa: E501 - exact output
 KEYS = ["target", "method", "family", "scheme", "quantizer", "exporter", "runtime", "path", "reasons", "warnings", "missing", "fits"]
 

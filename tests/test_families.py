@@ -25,6 +25,7 @@ from qhub.plugins import Plugins
 from qhub.prove.parity import reference_logits
 from qhub.quantize.observe import LayerGroup, Producer, observe
 from qhub.quantize.store import QuantizedWeights
+from qhub.route.profile import profile
 from qhub.skeleton import FloatWeights, Skeleton
 
 pytestmark = needs_plugins
@@ -134,6 +135,18 @@ def test_several_schemes_are_refused_where_transformers_could_not_tell_them_apar
     again = pipeline.plan(request_for(tiny_model(family), "rtn", overrides=(f"{layer}=float",)), plugins)
     report = pipeline.run(again, plugins, Events())
     assert report.artifacts[0].parity.max_abs_diff <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "overrides"),
+    [("llama", SCHEME, {"down_proj": "w8a16", "o_proj": "w3a16-g16-asym"}), ("gpt2", SCHEME, {}), ("gpt2", "w8a16", {})],
+    ids=["mixed", "GPT-2", "GPT-2 by channel"],
+)
+def test_the_shapes_of_an_artifact_are_told_from_its_headers(tmp_path, plugins, family, scheme, overrides):
+    quantize(tiny_model(family), tmp_path, plugins.quantizers["rtn"], scheme, overrides=overrides)
+    found, source = (profile(str(folder), plugins) for folder in (tmp_path / "model", tiny_model(family)))
+    assert found.parameters == source.parameters
+    assert [(layer.name, layer.shape) for layer in found.layers] == [(layer.name, layer.shape) for layer in source.layers]
 
 
 def head_beside(embedding):

@@ -20,6 +20,7 @@ RUN = ("run", "model", "--calib", "text.txt", "--eval", "text.txt", "--samples",
 SIZE = r"[\d.]+ (GB|MB|kB)"
 SAID = rf"""model: model: LlamaForCausalLM, 0.09043 M parameters
 route: gptq for host: w4a16-g32-sym, hf files, run by hf
+text: calibration 4 × 32 tokens of text.txt, evaluation 60 × 32 tokens of text.txt
 size: {SIZE} → {SIZE}
 needs: {SIZE} memory, {SIZE} disk
 out: out

@@ -132,6 +132,40 @@ def test_gpt2_whose_files_hold_matrices_the_other_way_round_is_read_back(tmp_pat
     assert float((quantized_logits(tmp_path / "model", ids) - logits_of(source, ids)).abs().max()) < 0.3
 
 
+def config_of(folder):
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return quantization, [group["weights"] for group in quantization["config_groups"].values()]
+
+
+def test_asymmetric_layers_of_several_schemes_have_plain_zero_points(tmp_path):
+    """transformers 5 takes packed ones of all layers for the first scheme's; from blocks of scales it reads each as it is."""
+    overrides = {"down_proj": "w8a16-g64-asym", "o_proj": "w3a16-channel-asym", "up_proj": "w8a16"}
+    quantize(tiny_model("llama"), tmp_path, Nearest(), "w4a16-g64-asym", overrides=overrides)
+    files = WeightFiles.open(tmp_path / "model")
+    zeros = {name: (info.dtype, info.shape) for name, info in files.items() if name.endswith("weight_zero_point")}
+    assert {dtype for dtype, _ in zeros.values()} == {"I8"}
+    assert zeros["model.layers.0.mlp.down_proj.weight_zero_point"][1] == (64, 2)
+    quantization, weights = config_of(tmp_path / "model")
+    assert "dequantize" not in quantization
+    found = [(one["num_bits"], one["strategy"], one["block_structure"]) for one in weights]
+    assert found == [(3, "block", [1, 64]), (4, "block", [1, 64]), (8, "channel", None), (8, "block", [1, 64])]
+
+
+@pytest.mark.parametrize(("scheme", "strategy", "block"), [("w4a16-g32-asym", "block", [32, 1]), ("w8a16", "tensor", None)])
+def test_matrices_the_other_way_round_are_stored_as_the_float_files_hold_them(tmp_path, scheme, strategy, block):
+    quantize(tiny_model("gpt2"), tmp_path, Nearest(), scheme)
+    stored, name = QuantizedWeights(tmp_path / "model"), "transformer.h.0.attn.c_attn"
+    tensor = stored.layer(name)
+    assert tensor.codes.shape == (192, 64)
+    assert stored.files[f"{name}.weight_packed"].shape == (64, 192 * tensor.bits // 32)
+    assert stored.files[f"{name}.weight_scale"].shape == tuple(reversed(tensor.scale.shape))
+    quantization, (weights,) = config_of(tmp_path / "model")
+    assert (quantization["dequantize"], quantization["config_groups"]["group_0"]["targets"]) == (True, ["Conv1D"])
+    assert (weights["strategy"], weights["block_structure"]) == (strategy, block)
+    ids = random_ids(2, 32)
+    assert torch.equal(transformers_logits(tmp_path / "model", ids, torch.float32), quantized_logits(tmp_path / "model", ids))
+
+
 @pytest.fixture
 def artifact(tmp_path):
     quantize(tiny_model("llama"), tmp_path, Nearest(), "w4a16-g64-asym", overrides={"down_proj": "float"})

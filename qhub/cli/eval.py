@@ -29,12 +29,23 @@ def evaluate(app: App, artifact: Path, data: str | None, *, as_json: bool) -> No
         app.output.table(("", str(artifact)), tuple(_rows(found)), right=(str(artifact),))
 
 
+#: Facts whose name alone does not say what they are.
+_NAMES = {
+    "accuracy": "next-token accuracy",
+    "kl": "mean KL",
+    "top1_agreement": "top-1 agreement",
+    "drop_pct": "accuracy drop",
+    "seq_len": "tokens per window",
+}
+_UNSAID = ("metric", "model")  # the accuracy's name, and the table's title
+
+
 def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in found.items():
         if isinstance(value, Mapping):
-            yield from ((f"{name} {inner}", text) for inner, text in _rows(value))
-        else:
-            yield name.replace("_", " "), _worded(name, value)
+            yield from ((f"{name}: {inner}", text) for inner, text in _rows(value))
+        elif name not in _UNSAID:
+            yield _NAMES.get(name, name.replace("_", " ")), _worded(name, value)
 
 
 def _worded(name: str, value: Any) -> str:  # noqa: ANN401 - a JSON value
@@ -44,4 +55,6 @@ def _worded(name: str, value: Any) -> str:  # noqa: ANN401 - a JSON value
         return human_bytes(value)
     if name.endswith(("accuracy", "agreement")):
         return f"{100 * value:.2f} %"
+    if name.endswith("pct"):
+        return f"{value:.2f} %"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -95,7 +95,7 @@ def _facts(model: ModelProfile, quantized: dict[str, Any] | None) -> list[tuple[
         ("folder", model.path),
         ("architecture", f"{model.architecture} ({model.task})"),
         ("parameters", f"{model.parameters:,}"),
-        ("weights", f"{human_bytes(model.weight_bytes)} in {model.dtype}"),
+        ("weights", human_bytes(model.weight_bytes) + ("" if model.dtype.startswith(("i", "u")) else f" in {model.dtype}")),
         ("blocks", str(model.blocks or "–")),
         ("context", f"{model.context_length} tokens" if model.context_length else "–"),
         ("key-value cache", cache),

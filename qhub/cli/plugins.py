@@ -28,7 +28,7 @@ def plugins(ctx: click.Context, *, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_obj
 def list_plugins(app: App, *, as_json: bool) -> None:
-    """List the installed plugins, what they offer, and whether they work here."""
+    """List the installed plugins: what they offer, whether they work."""
     rows = [describe(info, app.plugins) for info in app.plugins.infos]
     if as_json:
         app.output.json({"plugins": rows})
@@ -62,7 +62,8 @@ def info(app: App, name: str, *, as_json: bool) -> None:
     if as_json:
         app.output.json(facts)
         return
-    rows = [(key, _offers(value) if isinstance(value, dict) else str(value)) for key, value in facts.items() if key != "components"]
+    said = {key: value for key, value in facts.items() if key not in ("components", "available") and (key, value) != ("status", "active")}
+    rows = [(key, _offers(value) if isinstance(value, dict) else str(value)) for key, value in said.items()]
     rows += [(component["name"], component["text"]) for component in facts.get("components", ())]
     app.output.table(("", name), rows)
 

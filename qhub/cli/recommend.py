@@ -128,6 +128,7 @@ def _explain(app: App, route: Route) -> None:
     for kind, texts in (("because", route.reasons), ("but", route.warnings)):
         for text in texts:
             app.output.print(f"  {kind}: {text}")
-    if route.missing:
-        app.output.print(f"  missing: {', '.join(route.missing)}")
+    missing = [name for name in route.missing if not any(f"`{name}`" in text for text in route.warnings)]
+    if missing:
+        app.output.print(f"  missing: `pip install {' '.join(missing)}`")
     app.output.print(f"  estimate: {route.estimates.basis}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from qhub.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from qhub.pipeline import Plan, RunRequest
     from qhub.prove.report import Report
+    from qhub.types import Recipe
 
 DEFAULT_MODEL = "demo:llm"
 RECIPE = "recipe.yaml"
@@ -49,7 +51,7 @@ _IN_RECIPE = ("plugins", "target", "scheme", "calib", "eval", "max_drop_pct", "s
 def run(app: App, /, *, dry_run: bool, as_json: bool, **options: Any) -> ExitCode:  # noqa: ANN401 - the options above
     """Quantize MODEL for a device, export it, evaluate it and report.
 
-    MODEL is a folder, a hub id or a name such as demo:llm; without one, the model folder in the working directory, else demo:llm.
+    MODEL is a folder or a name such as demo:llm; without one, the model folder in the working directory, else demo:llm.
     """
     request = _request(app, options)
 
@@ -98,12 +100,25 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{plan.recipe.model}: {plan.profile.architecture}, {plan.profile.parameters / 1e6:.4g} M parameters"),
         ("route", f"{route.method} for {route.target}: {', '.join(way)}"),
+        ("text", _texts(plan.recipe)),
         ("size", f"{human_bytes(plan.profile.weight_bytes)} → {human_bytes(estimate['weight_bytes'])}"),
         ("needs", f"{human_bytes(estimate['peak_bytes'])} memory, {human_bytes(estimate['disk_bytes'])} disk"),
     ]
     if estimate.get("seconds") is not None:
         rows.append(("time", f"about {human_seconds(estimate['seconds'])}"))
     return [*rows, ("out", str(plan.out))]
+
+
+def _texts(recipe: Recipe) -> str:
+    named = (("calibration", recipe.calibration), ("evaluation", recipe.evaluation))
+    parts = [f"{what} {data.samples} × {data.seq_len} tokens of {_short(data.data)}" for what, data in named if data is not None]
+    return ", ".join(parts)
+
+
+def _short(path: str) -> str:
+    """A path as seen from here; of one elsewhere only the end."""
+    here = os.path.relpath(path)
+    return f"…/{Path(path).name}" if here.startswith(os.pardir) else here
 
 
 def _print_plan(app: App, plan: Plan, *, as_json: bool) -> None:

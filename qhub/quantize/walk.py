@@ -43,7 +43,7 @@ class WalkPlan:
     choice: LayerChoice
     ids: torch.Tensor | None  # (samples, seq_len) int64 calibration tokens; None when the method needs none
     device: str = "cpu"
-    hidden_limit_bytes: int = 2 << 30
+    hidden_limit_bytes: int = 768 << 20
     max_memory_bytes: int | None = None
     trust_remote_code: bool = False
 

@@ -115,37 +115,37 @@ def _unpacked(info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mappi
     compressed-tensors packs along K: (N, K / f); GPTQ (K / f, N); AWQ (K, N / f), with f = 32 // bits numbers in each int32.
     """
     quantization = config.get("quantization_config") or {}
-    bits = bits_of(quantization)
-    if len(info.shape) != 2 or not bits:
+    base = info.name.rpartition(".")[0]
+    weights = _weights_of(quantization, base)
+    bits = weights.get("num_bits", quantization.get("bits", quantization.get("w_bit")))
+    if len(info.shape) != 2 or not isinstance(bits, int) or not 0 < bits <= 16:
         return info.shape
     first, second = info.shape
-    base = info.name.rpartition(".")[0]
     if info.name.endswith(".weight_packed"):
-        scale, group_size = tensors.get(f"{base}.weight_scale"), group_size_of(quantization)
-        if scale is not None and group_size and len(scale.shape) == 2:
-            return (first, scale.shape[1] * group_size)
-        return (first, second * (32 // bits))
+        return _compressed(info.shape, tensors.get(f"{base}.weight_scale"), weights, bits)
     if quantization.get("quant_method") == "awq":
         return (second * 32 // bits, first)
     return (second, first * 32 // bits)
 
 
-def bits_of(quantization: Mapping[str, Any]) -> int | None:
-    """Bits per weight in a `quantization_config`, if it says."""
-    weights = _weights_of(quantization)
-    bits = weights.get("num_bits", quantization.get("bits", quantization.get("w_bit")))
-    return bits if isinstance(bits, int) and 0 < bits <= 16 else None
+def _compressed(packed: tuple[int, ...], scale: TensorInfo | None, weights: Mapping[str, Any], bits: int) -> tuple[int, ...]:
+    """(N, K) of a layer of compressed-tensors, by its scales, one for each group of K; `block_structure` counts rows and columns."""
+    first, second = packed
+    block = weights.get("block_structure")
+    if scale is not None and len(scale.shape) == 2:
+        if weights.get("strategy") == "tensor" or (block and block[1] == 1):  # qhub's way to store a Conv1D: (K, N)
+            return (scale.shape[1], first)
+        group_size = block[1] if block else weights.get("group_size")
+        if isinstance(group_size, int) and group_size > 0:
+            return (first, scale.shape[1] * group_size)
+    return (first, second * 32 // bits)
 
 
-def group_size_of(quantization: Mapping[str, Any]) -> int | None:
-    """Weights per scale in a `quantization_config`, if it says; None for one scale per channel."""
-    size = _weights_of(quantization).get("group_size", quantization.get("group_size", quantization.get("q_group_size")))
-    return size if isinstance(size, int) and size > 0 else None
-
-
-def _weights_of(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+def _weights_of(quantization: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
+    """How the weights of `layer` are stored: by the group that names it, else by the first one."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping):
         return {}
-    found = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
-    return next((weights for weights in found if isinstance(weights, Mapping)), {})
+    found = [group for group in groups.values() if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)]
+    naming = [group for group in found if layer in (group.get("targets") or ())]
+    return next((group["weights"] for group in (*naming, *found)), {})
