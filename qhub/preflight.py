@@ -11,12 +11,12 @@ from qhub.errors import QhubError, UsageError
 from qhub.plugins import Plugins
 from qhub.route.recipe import FLOAT, file_sha256, from_yaml
 from qhub.rundir import RECIPE, STATE, RunDir
+from qhub.stage import hidden_limit_bytes
 from qhub.tokens import documents
 from qhub.types import Calibration, ModelProfile, Recipe, Scheme, last_match
 from qhub.units import human_bytes
 
 _BASE_BYTES = 500 << 20  # Python with torch and transformers, measured
-_SPOOL_BYTES = 768 << 20  # what calibration keeps in memory without a bound
 _TOKENS_AT_ONCE = 2048  # in one forward pass
 _FRAGMENTS = 1.2  # what an allocator takes for tensors that come and go, measured
 _HALF_MADE = {f"{RECIPE}.partial"}  # all that is there when a run ends before its recipe is written
@@ -26,12 +26,12 @@ def estimate(found: ModelProfile, recipe: Recipe, bound: int | None = None) -> d
     """Sizes before work begins: of the result, the peak of memory while quantizing, and the disk a run needs.
 
     Basis: in memory are Python with torch and transformers (measured), the tensors outside the blocks, three copies of the
-    largest block (stored, folded in float32), four K×K float32 matrices of its widest layer, one batch's activations, and of
-    what is kept of the calibration tokens 2 GiB, or a quarter of the bound. The rest of it goes to disk, as do the hidden
-    states of two streams before and after a block.
+    largest block (stored, folded in float32), four K×K float32 matrices of its widest layer, one batch's activations, and what
+    is kept of the calibration tokens, up to a limit. The rest of that goes to disk, as do the hidden states of two streams
+    before and after a block.
     """
     spooled, weights = _spooled_bytes(found, recipe), _quantized_bytes(found, recipe)
-    in_memory = min(spooled, _SPOOL_BYTES if bound is None else bound // 4)
+    in_memory = min(spooled, hidden_limit_bytes(bound))
     copies = 2 if recipe.exporter else 1
     disk = copies * weights + 2 * _stream_bytes(found, recipe) + spooled - in_memory
     return {"weight_bytes": weights, "peak_bytes": _fixed_bytes(found, recipe) + in_memory, "disk_bytes": disk, "seconds": None}

@@ -81,6 +81,33 @@ def test_the_hint_names_no_sample_count_that_would_fail_too(tokenizer, text_file
     assert error.value.hint == hint
 
 
+def test_where_the_number_of_windows_is_fixed_the_hint_is_shorter_ones(tokenizer, text_file):
+    path = text_file("x" * 100)
+    with pytest.raises(QhubError) as error:
+        read_windows(tokenizer, path, 10, 32, fewer=None)
+    assert error.value.hint == "give about 4 times as much text, or use `--seq-len 11`"
+    assert read_windows(tokenizer, path, 10, 11, fewer=None).ids.shape == (10, 11)
+
+
+def test_all_there_is_may_be_fewer_windows_but_not_none(tokenizer, text_file):
+    path = text_file("x" * 100)
+    assert read_windows(tokenizer, path, 10, 32, all_there_is=True).ids.shape == (3, 32)
+    assert read_windows(tokenizer, path, 2, 32, all_there_is=True).ids.shape == (2, 32)
+    with pytest.raises(QhubError, match="gives `100` tokens"):
+        read_windows(tokenizer, path, 10, 128, all_there_is=True)
+
+
+@pytest.mark.parametrize("seq_len", [0, 1])
+def test_a_window_of_one_token_has_nothing_to_predict(tokenizer, text_file, seq_len):
+    with pytest.raises(UsageError, match="has nothing to predict"):
+        read_windows(tokenizer, text_file(TEXT), 4, seq_len)
+
+
+def test_half_a_character_in_json_is_no_obstacle(tokenizer, text_file):
+    path = text_file('{"text": "ab\\ud800cd"}\n' * 40, "data.jsonl")
+    assert body(read_windows(tokenizer, path, 1, 6)) == "ab?cd"
+
+
 def test_text_that_packs_unusually_well_is_read_to_its_end(tmp_path, text_file):
     """The bound on how much text is read must not turn a long enough file into one that is too short."""
     from tokenizers import Tokenizer, models
