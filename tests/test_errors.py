@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
+from qhub.errors import DamagedModelError, ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
 
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [(QhubError, 1), (UsageError, 2), (NoRouteError, 3), (Unsupported, 3), (PluginError, 4)],
+    [(QhubError, 1), (DamagedModelError, 1), (UsageError, 2), (NoRouteError, 3), (Unsupported, 3), (PluginError, 4)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_kind_of_error_decides_the_exit_code(kind, code):

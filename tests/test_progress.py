@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("progress") / "here"
     folder.mkdir()
     shutil.copytree(tiny_model("llama"), folder / "model")
-    (folder / "text.txt").write_text("".join(f"{number} cats sat on {number * number} mats; " for number in range(200)), encoding="utf-8")
+    (folder / "text.txt").write_text("".join(f"{number} cats sat on {number * number} mats; " for number in range(400)), encoding="utf-8")
     return folder
 
 
@@ -156,6 +156,36 @@ def test_on_a_terminal_a_run_has_one_live_line_and_tables(place: Path):
     assert "block 1/2" not in lasting
     assert "next-token accuracy" in lasting
     assert lasting.rstrip().endswith("files: live")
+
+
+MINI = """
+from pathlib import Path
+from qhub import ModelSource, hookimpl
+
+@hookimpl
+def qhub_models():
+    folder = Path({!r})
+    text = folder.parent / "text.txt"
+    return [ModelSource("demo:llm", folder, "a tiny model", text, text)]
+"""
+
+
+def test_the_readmes_run_works_as_written_in_an_empty_directory(place: Path, toy_plugin: Callable[..., dict[str, str]], tmp_path: Path):
+    env = toy_plugin("mini", MINI.format(str(place / "model")))  # a small demo:llm
+    env["QHUB_PLUGINS"] += f",{','.join(PLUGINS)}"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    ran = run(["run", "--plugin", "awq", "--target", "apple-m1"], empty, env=env)
+    out = empty / "runs" / "demo-llm-awq-apple-m1"
+    assert ran.code == (0 if json.loads((out / "report.json").read_text())["targets"]["met"] else 5)
+    finish = "`qhub-mlx` or `qhub-gguf` (planned, not published yet) would finish it"
+    said = ran.err.splitlines()
+    assert said[0] == "no MODEL given: taking demo:llm"
+    assert f"warning: nothing installed runs this on `apple-m1`: the run ends with the QuantizedModel; {finish}" in said
+    assert said[-2:] == ["files: runs/demo-llm-awq-apple-m1", f"next: {finish} on `apple-m1`"]
+    assert (out / "quantized" / "qhub.json").exists()
+    assert (out / "artifact" / "compressed-tensors" / "config.json").exists()
+    assert "not checked: nothing ran on `apple-m1` itself: figures are from this machine" in ran.out
 
 
 # Other people's plugins: each broken in its own way, each one warning, and the run is as it would be without them.
