@@ -21,8 +21,10 @@ _HOMES = {
         "Route", "Scheme", "Target",
     ),
     "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
-    "qhub.quantize.grid": ("Grid", "better_rows", "fit_scales", "minmax_grid", "on_grid", "quantize_rtn", "search_grid"),
-    "qhub.quantize.linalg": ("compensate", "output_loss", "upper_factor"),
+    "qhub.quantize.grid": (
+        "Grid", "better_rows", "fit_scales", "minmax_grid", "on_grid", "pick_rows", "quantize_rtn", "range_grid", "search_grid",
+    ),
+    "qhub.quantize.linalg": ("compensate", "lower_factor", "output_loss", "product", "solve", "turned"),
     "qhub.quantize.store": ("QuantizedWeights", "folder_digest"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
     from qhub.hookspecs import hookimpl
     from qhub.interfaces import Block, Component, Exporter, Group, Quantizer, Runtime, Session, Statistics
-    from qhub.quantize.grid import Grid, better_rows, fit_scales, minmax_grid, on_grid, quantize_rtn, search_grid
-    from qhub.quantize.linalg import compensate, output_loss, upper_factor
+    from qhub.quantize.grid import Grid, better_rows, fit_scales, minmax_grid, on_grid, pick_rows, quantize_rtn, range_grid, search_grid
+    from qhub.quantize.linalg import compensate, lower_factor, output_loss, product, solve, turned
     from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
     from qhub.quantize.store import QuantizedWeights, folder_digest
     from qhub.quiet import quiet_libraries

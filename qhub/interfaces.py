@@ -57,16 +57,8 @@ class Statistics(Protocol):
         """Mean of x xᵀ, (K, K) float32; None unless the quantizer asked for "gram" and there is data."""
 
     @property
-    def abs_mean(self) -> torch.Tensor:
-        """Mean |x| per channel, (K,) float32."""
-
-    @property
-    def drift(self) -> torch.Tensor | None:
-        """Mean of (x_float − x) xᵀ, (K, K) float32: how the quantized prefix moved this input; None unless asked for."""
-
-    @property
-    def residual(self) -> torch.Tensor | None:
-        """Mean of (r_float − r) xᵀ, (N, K) float32, where the layer's output is added to the residual stream r; else None."""
+    def abs_mean(self) -> torch.Tensor | None:
+        """Mean |x| per channel, (K,) float32; None without data. In `quantize_group` only if asked for ("abs_mean")."""
 
 
 class Group(Protocol):
@@ -83,6 +75,13 @@ class Group(Protocol):
     @property
     def foldable(self) -> bool:
         """Whether a per-channel input scale can be folded into the module that produces the input."""
+
+    def shortfall(self, name: str) -> torch.Tensor | None:
+        """What layer `name` gives less than in the float model: mean of (y_float − y) xᵀ, (N, K) float32; `compensate` uses it.
+
+        x is what the layer reads in the quantized model, y its output with the residual stream it is added to, if it is.
+        None unless the quantizer asked for "shortfall" and there is data.
+        """
 
     def tied(self, values: torch.Tensor) -> torch.Tensor:
         """values (K,) made equal (geometric mean) where one producer channel feeds several inputs (grouped-query attention)."""
@@ -129,7 +128,7 @@ class Quantizer(Component):
     """A method. Override the finest level that the method needs; the default of each calls the next finer one.
 
     `family` is the leaf of the flowchart that the method serves. `needs` names the statistics to collect: "gram",
-    "drift"; empty means that no calibration pass is run at all.
+    "shortfall", "abs_mean"; empty means that no calibration pass is run at all.
     """
 
     family: ClassVar[Family] = "weight-only"

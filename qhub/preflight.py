@@ -17,7 +17,7 @@ from qhub.types import Calibration, ModelProfile, Recipe, Scheme, last_match
 from qhub.units import human_bytes
 
 _BASE_BYTES = 500 << 20  # Python with torch and transformers, measured
-_TOKENS_AT_ONCE = 2048  # in one forward pass
+_TOKENS_AT_ONCE = 4096  # in one forward pass
 _FRAGMENTS = 1.2  # what an allocator takes for tensors that come and go, measured
 _HALF_MADE = {f"{RECIPE}.partial"}  # all that is there when a run ends before its recipe is written
 
@@ -59,9 +59,9 @@ def _stream_bytes(found: ModelProfile, recipe: Recipe) -> int:
 
 
 def _spooled_bytes(found: ModelProfile, recipe: Recipe) -> int:
-    """The streams, what enters each group of layers, and the residual stream where a group adds to it."""
+    """The streams, and in the widest block what enters its groups or leaves them, in the float model and for replays."""
     hidden = max(found.hidden_size or 0, 1)
-    return int(_stream_bytes(found, recipe) / 2 * (7 + _widest(found) / hidden) * _FRAGMENTS)
+    return int(_stream_bytes(found, recipe) / 2 * (6 + _widest(found) / hidden) * _FRAGMENTS)
 
 
 def _quantized_bytes(found: ModelProfile, recipe: Recipe) -> int:

@@ -161,7 +161,7 @@ class Skeleton:
         if not tensor.is_floating_point():
             raise Unsupported(f"tensor `{stored}` holds integers", hint="this model is already quantized: start from the float model")
         tensor = tensor.to(device=self.device, dtype=dtype)
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             message = f"tensor `{stored}` contains NaN or infinite numbers"
             raise DamagedModelError(message, hint="the file is damaged or the training diverged: get the weights again")
         owner._parameters[key] = nn.Parameter(tensor, requires_grad=False)
@@ -182,6 +182,13 @@ class Skeleton:
         if head and tied:
             output.weight = embedding.weight
         self._outer_loaded.add(head)
+
+    def drop_outer(self) -> None:
+        """Give back the memory of what lies outside the blocks; it is read again when it is needed."""
+        outside = [module for name, module in self.model.named_modules() if not name.startswith(f"{self.blocks_name}.")]
+        for module in outside:
+            _drop_own(module)
+        self._outer_loaded.clear()
 
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
@@ -280,9 +287,14 @@ def forward_dtype(model_dtype: torch.dtype, hidden_size: int, device: str) -> to
     return torch.bfloat16 if native else torch.float32
 
 
-def batch_size(samples: int, seq_len: int) -> int:
-    """Samples per forward pass: the largest divisor of `samples` that keeps a batch within `TOKENS_AT_ONCE` tokens."""
-    fitting = max(1, TOKENS_AT_ONCE // seq_len)
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; a finite sum proves it at a fraction of the time."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
+def batch_size(samples: int, seq_len: int, tokens: int = TOKENS_AT_ONCE) -> int:
+    """Samples per forward pass: the largest divisor of `samples` that keeps a batch within `tokens` tokens."""
+    fitting = max(1, tokens // seq_len)
     return max(size for size in range(1, fitting + 1) if samples % size == 0)
 
 
@@ -294,9 +306,13 @@ def _check_shape(stored: str, found: Sequence[int], wanted: Sequence[int]) -> No
 
 def _drop(module: nn.Module) -> None:
     for owner in module.modules():
-        for key, parameter in list(owner._parameters.items()):
-            if parameter is not None:
-                owner._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        _drop_own(owner)
+
+
+def _drop_own(owner: nn.Module) -> None:
+    for key, parameter in list(owner._parameters.items()):
+        if parameter is not None:
+            owner._parameters[key] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def model_config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 - a transformers config

@@ -24,7 +24,7 @@ class Scaler(Quantizer):
 
 class Rounder(Quantizer):
     name = "rounder"
-    needs = frozenset({"drift"})
+    needs = frozenset({"shortfall"})
 
     def quantize_group(self, group, block):
         return "the rounder's rounding"
@@ -40,7 +40,7 @@ PROFILE = ModelProfile("m", "m", "llm", "Llama", 1, "F32", 4)
 def test_one_scales_and_the_other_rounds(parts):
     both = compose(parts)
     assert both.name == "scaler+rounder"
-    assert both.needs == {"gram", "drift"}
+    assert both.needs == {"gram", "shortfall"}
     assert both.scale_group(None, None) == "the scaler's scale"
     assert both.quantize_group(None, None) == "the rounder's rounding"
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qhub.errors import Unsupported
-from qhub.quantize.grid import better_rows, fit_scales, minmax_grid, on_grid, quantize_rtn, search_grid
+from qhub.quantize import grid as grids
+from qhub.quantize.grid import better_rows, fit_scales, minmax_grid, on_grid, pick_rows, quantize_rtn, search_grid
 from qhub.quantize.linalg import output_loss
 from qhub.quantize.qtensor import QTensor, dequantize
 from qhub.types import Scheme
@@ -174,3 +175,44 @@ def test_the_better_of_two_is_chosen_row_by_row():
     assert 0 < int(chosen.sum()) < len(weight)
     assert torch.equal(best.dequantize(), torch.where(chosen == 1, other.dequantize(), one.dequantize()))
     assert (best.bits, best.symmetric) == (4, False)
+
+
+def test_rows_are_picked_one_by_one():
+    weight = weights()[10:]
+    one, other = (quantize_rtn(weight, Scheme.parse(text), torch.float16) for text in ("w4-g64-asym", "w4-g64-sym"))
+    take = torch.arange(len(weight)) % 3 == 0
+    picked = pick_rows(one, other, take)
+    for name in ("codes", "scale", "zero"):
+        assert torch.equal(getattr(picked, name)[take], getattr(other, name)[take])
+        assert torch.equal(getattr(picked, name)[~take], getattr(one, name)[~take])
+    assert (picked.bits, picked.symmetric) == (4, False)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 23])
+@pytest.mark.parametrize("scheme", [Scheme.parse("w4-g32-asym"), Scheme.parse("w2-g64-sym"), Scheme.parse("w3-channel-asym")], ids=str)
+def test_a_grid_does_not_depend_on_how_many_rows_are_searched_at_once(monkeypatch, scheme, rows):
+    weight, importance = weights(), torch.rand(256, generator=torch.Generator().manual_seed(1))
+    whole = search_grid(weight, scheme, torch.float16, importance)
+    monkeypatch.setattr(grids, "_SEARCHED_AT_ONCE", rows * 256 + 100)
+    parts = search_grid(weight, scheme, torch.float16, importance)
+    assert torch.equal(parts.scale, whole.scale)
+    assert torch.equal(parts.zero, whole.zero)
+
+
+def test_one_row_is_searched_at_once_however_long_it_is(monkeypatch):
+    weight, scheme = weights(), Scheme.parse("w4-g32-asym")
+    whole = search_grid(weight, scheme, torch.float16, torch.ones(256))
+    monkeypatch.setattr(grids, "_SEARCHED_AT_ONCE", 10)
+    assert torch.equal(search_grid(weight, scheme, torch.float16, torch.ones(256)).scale, whole.scale)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13])
+@pytest.mark.parametrize("scheme", [Scheme.parse("w4-g32-asym"), Scheme.parse("w2-channel-sym")], ids=str)
+def test_fitted_scales_do_not_depend_on_how_many_rows_are_fitted_at_once(monkeypatch, scheme, rows):
+    weight, gram = weights()[10:], correlated()
+    plain = quantize_rtn(weight, scheme, torch.float32)
+    whole = fit_scales(weight, plain, gram, torch.float32)
+    monkeypatch.setattr(grids, "_FITTED_ROWS", rows)
+    parts = fit_scales(weight, plain, gram, torch.float32)
+    torch.testing.assert_close(parts.scale, whole.scale, rtol=1e-3, atol=0)  # one step of the half precision that scales are rounded to
+    assert torch.equal(parts.zero, whole.zero)

@@ -8,7 +8,7 @@ from tiny_models import random_ids, tiny_model
 from torch import nn
 
 from qhub.errors import Unsupported
-from qhub.quantize.observe import each_matrix, get_weight, is_matrix, observe, scaled_rows, set_weight
+from qhub.quantize.observe import Addition, Closing, each_matrix, get_weight, is_matrix, observe, scaled_rows, set_weight
 from qhub.skeleton import BlockCall, FloatWeights, Skeleton
 
 SAME = list(range(64))
@@ -89,20 +89,42 @@ def test_groups_and_producers_are_found(family):
     assert found == EXPECTED[family]
 
 
-#: family → layers whose output is added to the residual stream → who reads that stream before (`""`: the block)
-RESIDUALS = {
-    "llama": {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"},
-    "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
-    "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
+#: family → layers whose output is added to the residual stream → who reads that stream before (`""`: the block) and after
+ADDITIONS = {
+    "llama": {"self_attn.o_proj": ("", "post_attention_layernorm"), "mlp.down_proj": ("post_attention_layernorm", None)},
+    "gpt2": {"attn.c_proj": ("", "ln_2"), "mlp.c_proj": ("ln_2", None)},
+    "opt": {"self_attn.out_proj": ("", "final_layer_norm"), "fc2": ("final_layer_norm", None)},
+    "opt-post-norm": {"self_attn.out_proj": ("", "self_attn_layer_norm")},
+    "bloom": {"self_attention.dense": ("", "post_attention_layernorm"), "mlp.dense_4h_to_h": ("post_attention_layernorm", None)},
     "gemma2": {},  # a norm lies between
     "gpt_neox": {},  # attention and MLP are added together
+    "falcon": {},  # the same, in place
+    "gptj": {},
 }
 
 
-@pytest.mark.parametrize("family", RESIDUALS)
+@pytest.mark.parametrize("family", ADDITIONS)
 def test_additions_to_the_residual_stream_are_found(family):
-    found = {group.layers[0]: group.residual for group in observed(family) if group.residual is not None}
-    assert found == RESIDUALS[family]
+    found = {group.layers[0]: group.addition for group in observed(family) if group.addition is not None}
+    assert found == {layer: Addition(*readers) for layer, readers in ADDITIONS[family].items()}
+
+
+#: family → layers whose output is what a child of the block returns → that child, and how many things it returns
+CLOSINGS = {
+    "llama": {"self_attn.o_proj": ("self_attn", 2), "mlp.down_proj": ("mlp", 0)},
+    "gpt2": {"attn.c_proj": ("attn", 2), "mlp.c_proj": ("mlp", 0)},
+    "opt": {"self_attn.out_proj": ("self_attn", 2)},  # the MLP's layers are the block's own
+    "gemma2": {"mlp.down_proj": ("mlp", 0)},  # attention returns its weights too
+    "gemma3_text": {"self_attn.o_proj": ("self_attn", 2), "mlp.down_proj": ("mlp", 0)},
+    "falcon": {"self_attention.dense": ("self_attention", 2), "mlp.dense_4h_to_h": ("mlp", 0)},
+    "bloom": {},  # the children add to the residual stream themselves
+}
+
+
+@pytest.mark.parametrize("family", CLOSINGS)
+def test_layers_that_end_a_child_of_the_block_are_found(family):
+    found = {group.layers[0]: group.closing for group in observed(family) if group.closing is not None}
+    assert found == {layer: Closing(*child) for layer, child in CLOSINGS[family].items()}
 
 
 def test_each_matrix_by_itself_needs_no_weights():
@@ -164,6 +186,14 @@ def test_a_producer_that_something_else_reads_too_is_still_only_a_candidate():
 
     groups = observe_toy(run, up=linear(16, 16), down=linear(16, 16))
     assert [(group.layers, group.producer and group.producer.module) for group in groups] == [(("up",), None), (("down",), "up")]
+
+
+def test_a_sum_that_no_module_reads_is_no_addition():
+    """What is added to must be seen where the layer's output is known: here it was made out of nothing."""
+    groups = observe_toy(lambda self, x: self.down(x) + 2 * x, down=linear(16, 16))
+    assert groups[0].addition is None
+    groups = observe_toy(lambda self, x: self.down(x) + x, down=linear(16, 16))
+    assert groups[0].addition == Addition("", None)
 
 
 def test_channels_that_mix_have_no_producer():

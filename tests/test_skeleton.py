@@ -12,7 +12,7 @@ from tiny_models import BLOCKS, FAMILIES, logits_of, random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qhub.errors import QhubError, Unsupported
-from qhub.skeleton import TOKENS_AT_ONCE, FloatWeights, Skeleton, batch_size, forward_dtype, read_tensor
+from qhub.skeleton import TOKENS_AT_ONCE, FloatWeights, Skeleton, batch_size, forward_dtype, is_finite, read_tensor
 
 RUNNABLE = [family for family in FAMILIES if family != "mixtral"]
 
@@ -195,3 +195,31 @@ def test_forward_passes_of_small_models_are_float32():
 def test_a_batch_divides_the_samples_and_is_not_too_long(samples, fitting, expected):
     assert batch_size(samples, TOKENS_AT_ONCE // fitting) == expected
     assert batch_size(samples, TOKENS_AT_ONCE * 2) == 1
+    assert batch_size(samples, 100, tokens=100 * fitting) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_numbers_that_are_not_finite_are_found(dtype):
+    values = torch.full((3, 50), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(values), "even if their sum is not"
+    assert is_finite(torch.empty(0, dtype=dtype))
+    for bad in ([torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]):
+        damaged = torch.ones(3, 50, dtype=dtype)
+        damaged.view(-1)[60 : 60 + len(bad)] = torch.tensor(bad, dtype=dtype)
+        assert not is_finite(damaged), bad
+
+
+def test_what_lies_outside_the_blocks_can_be_dropped_and_comes_back():
+    skeleton, ids = Skeleton(FloatWeights(tiny_model("llama-tied"))), random_ids(2, 16)
+    skeleton.learn_output_form(ids)
+    before, calls = skeleton.embed(ids)
+    logits = skeleton.logits(ids, before)
+    with skeleton.block(0) as module:
+        skeleton.drop_outer()
+        assert not any(parameter.is_meta for parameter in module.parameters()), "blocks stay"
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    after, again = skeleton.embed(ids)
+    assert torch.equal(before, after)
+    assert len(again) == len(calls)
+    assert torch.equal(skeleton.logits(ids, after), logits)
+    assert skeleton.model.lm_head.weight is skeleton.model.model.embed_tokens.weight

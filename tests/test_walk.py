@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, quantize, random_ids, tiny_model
 
-from qhub import Quantizer, compensate, on_grid, quantize_rtn, search_grid, upper_factor
+from qhub import Quantizer, compensate, lower_factor, on_grid, quantize_rtn, search_grid
 from qhub.errors import QhubError, Unsupported
+from qhub.quantize import walk as walking
 from qhub.quantize.store import QuantizedWeights
 from qhub.quantize.walk import clean
-from qhub.skeleton import TOKENS_AT_ONCE, FloatWeights, Skeleton, run_block
+from qhub.skeleton import FloatWeights, Skeleton, run_block
 
 IDS = random_ids(8, 32)
 SCHEME = "w4a16-g32-asym"
@@ -30,11 +31,11 @@ class Nearest(Quantizer):
 
 
 class Careful(Quantizer):
-    """Uses everything that the walk offers: scales to fold, second moments, drift; can be told to break down."""
+    """Uses everything that the walk offers: scales to fold, second moments, shortfalls; can be told to break down."""
 
     name = "careful"
     scales = True
-    needs = frozenset({"gram", "drift"})
+    needs = frozenset({"gram", "shortfall"})
 
     def __init__(self, breakdown=None):
         super().__init__()
@@ -49,10 +50,10 @@ class Careful(Quantizer):
         self.seen.append((block.index, *group.weights))
         if self.breakdown is not None and self.breakdown(block.index, list(group.weights)):
             raise KeyboardInterrupt
-        factor, result = upper_factor(group.stats.gram), {}
+        factor, result = lower_factor(group.stats.gram), {}
         for name, weight in group.weights.items():
             scheme = block.schemes(group)[name]
-            target = compensate(weight, group.stats.drift, factor)
+            target = compensate(weight, group.shortfall(name), factor)
             result[name] = on_grid(target, search_grid(target, scheme, block.dtype, group.stats.gram.diagonal()), scheme)
         return result
 
@@ -124,12 +125,33 @@ def test_a_block_whose_shard_is_lost_is_done_again(tmp_path, uninterrupted):
     assert digests(tmp_path / "model") == uninterrupted[0]
 
 
-def test_spilling_to_disk_writes_the_same_bytes(tmp_path):
-    ids = random_ids(2 * TOKENS_AT_ONCE // 32, 32)  # two batches
-    limits = {"memory": 1 << 30, "half": 8 * 32 * 64 * TOKENS_AT_ONCE // 16, "disk": 0}
+def test_spilling_to_disk_writes_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 64)  # four batches of 16 KiB
+    limits = {"memory": 1 << 30, "half": 8 * 64 * 64 * 4, "disk": 0}
     for name, limit in limits.items():
-        quantize(tiny_model("llama"), tmp_path / name, Careful(), SCHEME, ids=ids, hidden_limit_bytes=limit)
+        quantize(tiny_model("llama"), tmp_path / name, Careful(), SCHEME, ids=IDS, hidden_limit_bytes=limit)
     assert digests(tmp_path / "memory/model") == digests(tmp_path / "half/model") == digests(tmp_path / "disk/model")
+
+
+def test_an_interrupted_walk_of_several_batches_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 64)
+    quantize(tiny_model("llama"), tmp_path / "whole", Careful(), SCHEME, ids=IDS)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_model("llama"), tmp_path / "broken", Careful(MOMENTS["at the start of the last block"]), SCHEME, ids=IDS)
+    quantize(tiny_model("llama"), tmp_path / "broken", Careful(), SCHEME, ids=IDS)
+    assert digests(tmp_path / "broken/model") == digests(tmp_path / "whole/model")
+
+
+def test_the_errors_do_not_depend_on_how_many_tokens_run_at_once(tmp_path, monkeypatch):
+    class Plain(Careful):
+        def scale_group(self, group, block):
+            """Nothing: scales are chosen on the first batches."""
+
+    errors = []
+    for tokens in (64, 4096):
+        monkeypatch.setattr(walking, "TOKENS_AT_ONCE", tokens)
+        errors.append(quantize(tiny_model("llama"), tmp_path / str(tokens), Plain(), SCHEME, ids=IDS).errors)
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
 def test_global_state_of_torch_stays_as_it_is(tmp_path):

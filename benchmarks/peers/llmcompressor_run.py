@@ -52,6 +52,8 @@ def recipe(job: Job) -> list[Modifier]:
     }
     if job.method == "gptq":
         return [GPTQModifier(**target)]
+    if job.method == "rtn":
+        return [QuantizationModifier(**target)]
     scaling = AWQModifier(mappings=awq_mappings(job), duo_scaling="both" if job.variant == "duo-both" else True)
     return [scaling, QuantizationModifier(**target)]
 
@@ -64,7 +66,10 @@ def awq_mappings(job: Job) -> list[AWQMapping] | None:
 
 
 def quantize(model: torch.nn.Module, job: Job) -> None:
-    """Run the recipe on exactly the given tokens, in their order."""
+    """Run the recipe on exactly the given tokens, in their order; rounding to nearest looks at none."""
+    if job.method == "rtn":
+        oneshot(model=model, recipe=recipe(job))
+        return
     samples = job.samples()
     rows = {"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}
     oneshot(
@@ -107,7 +112,7 @@ def export_dequantized(job: Job, out: Path) -> dict[str, float]:
 
 def main() -> None:
     """Read the arguments, do the job, print the result."""
-    job = parse_job(__doc__, ["gptq", "awq"], [*OBSERVERS, "duo-both"])
+    job = parse_job(__doc__, ["gptq", "awq", "rtn"], [*OBSERVERS, "duo-both"])
     result = Result()
     allow_cpu()
     with result.stage("load"):

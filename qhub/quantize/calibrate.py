@@ -1,4 +1,4 @@
-"""What calibration sees at a layer's input: second moments, mean magnitudes, and how far the quantized prefix moved it."""
+"""What calibration sees at a layer's input: second moments, mean magnitudes, and what the quantized prefix has cost so far."""
 
 from __future__ import annotations
 
@@ -6,61 +6,65 @@ from dataclasses import dataclass, field
 
 import torch
 
+_STRIP = 512  # rows of a symmetric product that are computed at once
+
 
 @dataclass
 class InputStatistics:
     """Running sums over the tokens that a group of layers with K inputs reads (see `qhub.interfaces.Statistics`).
 
-    `wanted` holds "gram" and "drift" as the quantizer asked.
+    `needs` holds "gram", "shortfall" and "abs_mean" as the quantizer asked.
     """
 
     inputs: int
-    wanted: frozenset[str]
+    needs: frozenset[str]
     tokens: int = 0
     _gram: torch.Tensor | None = field(default=None, repr=False)
     _drift: torch.Tensor | None = field(default=None, repr=False)
-    _residual: torch.Tensor | None = field(default=None, repr=False)
+    _wanted_output: torch.Tensor | None = field(default=None, repr=False)
     _abs_sum: torch.Tensor | None = field(default=None, repr=False)
-    _finished: bool = False
 
-    def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None, missed: torch.Tensor | None = None) -> None:
-        """Count a batch: inputs (…, K) of the quantized stream, and the same tokens' inputs in the float model.
-
-        `missed` (…, N) is how far the residual stream, before this layer adds to it, is behind the float model's.
+    def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None, wanted: torch.Tensor | None = None) -> None:
+        """Count a batch: inputs (…, K) of the quantized stream, and either the same tokens' inputs in the float model,
+        or `wanted` (…, N): what the layer would have to put out for the float model's residual stream.
         """
         flat = inputs.reshape(-1, self.inputs)
         self.tokens += len(flat)
-        magnitude = flat.abs().sum(0, dtype=torch.float32)
-        self._abs_sum = magnitude if self._abs_sum is None else self._abs_sum.add_(magnitude)
-        if "gram" in self.wanted:
-            self._gram = _accumulate(self._gram, flat, flat)
-        if "drift" in self.wanted and float_inputs is not None:
+        if "abs_mean" in self.needs:
+            magnitude = flat.abs().sum(0, dtype=torch.float32)
+            self._abs_sum = magnitude if self._abs_sum is None else self._abs_sum.add_(magnitude)
+        if "gram" in self.needs:
+            self._gram = _add_square(self._gram, flat)
+        if "shortfall" not in self.needs:
+            return
+        if wanted is not None:
+            self._wanted_output = _add_product(self._wanted_output, wanted.reshape(len(flat), -1).to(flat.dtype), flat)
+        elif float_inputs is not None:
             moved = float_inputs.reshape(-1, self.inputs).float() - flat.float()
-            self._drift = _accumulate(self._drift, moved.to(flat.dtype), flat)
-        if "drift" in self.wanted and missed is not None:
-            self._residual = _accumulate(self._residual, missed.reshape(len(flat), -1).to(flat.dtype), flat)
+            self._drift = _add_product(self._drift, moved.to(flat.dtype), flat)
 
     def rescale(self, scale: torch.Tensor) -> None:
         """Account for an input scale (K,) folded into the producer after these statistics were taken."""
-        scale = scale.to(self.abs_mean)
-        self.abs_mean.div_(scale)
+        scale = scale.float()
+        for sums in (self._abs_sum, self._wanted_output):
+            if sums is not None:
+                sums.div_(scale)
         for matrix in (self._gram, self._drift):
             if matrix is not None:
                 matrix.div_(scale).div_(scale.unsqueeze(1))
-        if self._residual is not None:
-            self._residual.div_(scale)
 
     def finish(self) -> InputStatistics:
         """Turn sums into means, in place; call once."""
-        for matrix in (self._gram, self._drift, self._residual, self._abs_sum):
+        for matrix in (self._gram, self._drift, self._wanted_output, self._abs_sum):
             if matrix is not None:
                 matrix.div_(max(self.tokens, 1))
-        self._finished = True
+        if self._gram is not None:
+            _mirror(self._gram)
         return self
 
     @property
     def gram(self) -> torch.Tensor | None:
-        """Σ x xᵀ / T, (K, K) float32."""
+        """Σ x xᵀ / T, (K, K) float32; valid once finished."""
         return self._gram
 
     @property
@@ -69,24 +73,43 @@ class InputStatistics:
         return self._drift
 
     @property
-    def residual(self) -> torch.Tensor | None:
-        """Σ (r_float − r) xᵀ / T, (N, K) float32, for the residual stream r that the layer's output is added to."""
-        return self._residual
+    def wanted_output(self) -> torch.Tensor | None:
+        """Σ y xᵀ / T, (N, K) float32, for the output y that makes the residual stream after the layer the float model's."""
+        return self._wanted_output
 
     @property
-    def abs_mean(self) -> torch.Tensor:
+    def abs_mean(self) -> torch.Tensor | None:
         """Mean |x|, (K,) float32."""
-        if self._abs_sum is None:
-            self._abs_sum = torch.zeros(self.inputs)
         return self._abs_sum
 
 
-def _accumulate(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """total + leftᵀ·right in float32, reusing the memory of `total`.
 
     bf16 inputs are multiplied as they are: the sum over a batch is taken in float32 and rounded once per batch.
     """
-    if left.dtype == torch.float32 and total is not None:
+    if total is None:
+        total = torch.zeros(left.shape[1], right.shape[1], device=left.device)
+    if left.dtype == torch.float32:
         return total.addmm_(left.t(), right)
-    product = (left.t() @ right).float()
-    return product if total is None else total.add_(product)
+    return total.add_(left.t() @ right)
+
+
+def _add_square(total: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """total + valuesᵀ·values, the lower triangle in strips; what lies right of a strip's last row is left alone."""
+    size = values.shape[1]
+    if total is None:
+        total = torch.zeros(size, size, device=values.device)
+    for start in range(0, size, _STRIP):
+        end = min(start + _STRIP, size)
+        _add_product(total[start:end, :end], values[:, start:end], values[:, :end])
+    return total
+
+
+def _mirror(matrix: torch.Tensor) -> None:
+    """Copy the lower triangle of a (K, K) matrix to the upper one, strip by strip."""
+    for start in range(0, len(matrix), _STRIP):
+        end = min(start + _STRIP, len(matrix))
+        corner = matrix[start:end, start:end]
+        corner.copy_(corner.tril() + corner.tril(-1).t())
+        matrix[:start, start:end] = matrix[start:end, :start].t()

@@ -5,15 +5,18 @@ Pure functions on weight (N, K) float32; results are scale and zero (N, G) float
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from qhub.quantize.linalg import output_loss
+from qhub.quantize.linalg import output_loss, product
 from qhub.quantize.qtensor import QTensor, encode, group_size_of, round_scale
 from qhub.types import Scheme
 
 _SMALLEST = 2.0**-24
+_SEARCHED_AT_ONCE = 1 << 17  # weights: what a search touches again and again stays in the cache
+_FITTED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,15 @@ class Grid:
     zero: torch.Tensor
 
 
+def range_grid(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, low_share: float, high_share: float) -> Grid:
+    """The grid from `low_share` of each group's lowest weight to `high_share` of its highest."""
+    low, high = _extremes(weight, scheme)
+    return _fit(low * low_share, high * high_share, scheme, dtype)
+
+
 def minmax_grid(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
     """The smallest grid that clips nothing."""
-    low, high = _extremes(weight, scheme)
-    return _fit(low, high, scheme, dtype)
+    return range_grid(weight, scheme, dtype, 1.0, 1.0)
 
 
 def search_grid(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, importance: torch.Tensor, *, steps: int = 12) -> Grid:
@@ -36,14 +44,18 @@ def search_grid(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, import
     importance (K,) ≥ 0 weighs each input's error, e.g. the mean square of that input. Never worse than `minmax_grid` in
     that measure. Source: clip search of AWQ (arXiv 2306.00978) and scale search of ggml's k-quants.
     """
-    search = _Search(weight, scheme, dtype, importance)
-    low, high = _extremes(weight, scheme)
-    for step in range(steps):
-        share = 1 - 0.5 * step / steps
-        search.try_grid(_fit(low * share, high * share, scheme, dtype))
-    for _ in range(2):
-        search.try_grid(search.least_squares())
-    return Grid(search.scale, search.zero)
+    found = []
+    for start, end in _pieces(len(weight), max(1, _SEARCHED_AT_ONCE // weight.shape[1])):
+        rows = weight[start:end]
+        search = _Search(rows, scheme, dtype, importance)
+        low, high = _extremes(rows, scheme)
+        for step in range(steps):
+            share = 1 - 0.5 * step / steps
+            search.try_grid(_fit(low * share, high * share, scheme, dtype))
+        for _ in range(2):
+            search.try_grid(search.least_squares())
+        found.append(search)
+    return Grid(torch.cat([search.scale for search in found]), torch.cat([search.zero for search in found]))
 
 
 def quantize_rtn(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> QTensor:
@@ -86,6 +98,10 @@ def _fit(low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dty
     return Grid(round_scale(torch.where(wanted < 1, torch.maximum(scale, room), scale), dtype), zero)
 
 
+def _pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, count)) for start in range(0, count, size))
+
+
 class _Search:
     """The best grid so far, group by group."""
 
@@ -126,26 +142,40 @@ def fit_scales(weight: torch.Tensor, tensor: QTensor, gram: torch.Tensor, dtype:
 
     weight (N, K) float32. Zeros stay. A scale that would move by more than a factor of two stays as it is.
     """
-    rows, groups = tensor.scale.shape
-    shifted = tensor.codes.reshape(rows, groups, -1).float() - tensor.zero.unsqueeze(-1)
-    flat = shifted.reshape(weight.shape)
-    right = ((weight @ gram) * flat).reshape(rows, groups, -1).sum(-1)
-    left = torch.empty(rows, groups, groups, device=weight.device)
-    size = tensor.group_size
-    for group in range(groups):
-        products = shifted[:, group] @ gram[group * size : (group + 1) * size]
-        left[:, group] = (products * flat).reshape(rows, groups, -1).sum(-1)
-    ridge = 1e-4 * left.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(1e-20)
-    left.diagonal(dim1=1, dim2=2).add_(ridge)
-    right += ridge * tensor.scale
-    fitted = torch.linalg.solve(left, right.unsqueeze(-1)).squeeze(-1)
+    parts = []
+    for start, end in _pieces(len(weight), _FITTED_ROWS):
+        parts.append(_fit_rows(weight[start:end], tensor.rows(start, end), gram))
+    fitted = torch.cat(parts)
     usable = (fitted > 0.5 * tensor.scale) & (fitted < 2 * tensor.scale)
     return Grid(torch.where(usable, round_scale(fitted.clamp_min(_SMALLEST), dtype), tensor.scale), tensor.zero)
 
 
+def _fit_rows(weight: torch.Tensor, tensor: QTensor, gram: torch.Tensor) -> torch.Tensor:
+    """The scales (N, G) that solve the rows' normal equations, with a slight pull to those they have."""
+    rows, groups = tensor.scale.shape
+    size = tensor.group_size
+    flat = (tensor.codes.reshape(rows, groups, -1).float() - tensor.zero.unsqueeze(-1)).reshape(weight.shape)
+    right = product(weight, gram).mul_(flat).reshape(rows, groups, -1).sum(-1)
+    left = torch.empty(rows, groups, groups, device=weight.device)
+    for group in range(groups):  # symmetric: only from the diagonal on
+        start = group * size
+        products = product(flat[:, start : start + size], gram[start : start + size, start:]).mul_(flat[:, start:])
+        left[:, group, group:] = products.reshape(rows, groups - group, size).sum(-1)
+        left[:, group + 1 :, group] = left[:, group, group + 1 :]
+    ridge = 1e-4 * left.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(1e-20)
+    left.diagonal(dim1=1, dim2=2).add_(ridge)
+    solved: torch.Tensor = torch.linalg.solve(left, right.add_(ridge * tensor.scale).unsqueeze(-1)).squeeze(-1)
+    return solved
+
+
 def better_rows(weight: torch.Tensor, gram: torch.Tensor, one: QTensor, other: QTensor) -> QTensor:
     """Row by row the one of two quantizations of `weight` (N, K) with the smaller output error under `gram` (K, K)."""
-    take_other = output_loss(other.dequantize() - weight, gram) < output_loss(one.dequantize() - weight, gram)
+    losses = [output_loss(tensor.dequantize().sub_(weight), gram) for tensor in (one, other)]
+    return pick_rows(one, other, losses[1] < losses[0])
+
+
+def pick_rows(one: QTensor, other: QTensor, take_other: torch.Tensor) -> QTensor:
+    """`other` in the rows where `take_other` (N,) bool says so, else `one`."""
     pick = take_other.unsqueeze(1)
     codes = torch.where(pick, other.codes, one.codes)
     scale, zero = torch.where(pick, other.scale, one.scale), torch.where(pick, other.zero, one.zero)

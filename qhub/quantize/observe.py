@@ -37,6 +37,25 @@ class Producer:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """Where a layer's output is added to the residual stream: the modules that read the stream before and after.
+
+    `before` is `""` where it is what enters the block, `after` is None where the sum is what leaves it.
+    """
+
+    before: str
+    after: str | None
+
+
+@dataclass(frozen=True)
+class Closing:
+    """The child of the block whose output is a layer's output, as it is; `outputs` things are returned (0: no tuple)."""
+
+    child: str
+    outputs: int
+
+
+@dataclass(frozen=True)
 class LayerGroup:
     """Layers that read one tensor, in execution order, with the smallest module around them (`""`: the whole block)."""
 
@@ -44,9 +63,9 @@ class LayerGroup:
     inputs: int
     container: str
     producer: Producer | None = None
-    #: For a layer whose output is added to the residual stream: the module that reads the stream before the addition
-    #: (`""`: the block itself). Found numerically: what enters a later module is that stream plus this layer's output.
-    residual: str | None = None
+    #: Of a layer alone in its group. Found numerically: what enters a later module is a stream plus this layer's output.
+    addition: Addition | None = None
+    closing: Closing | None = None
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -83,8 +102,8 @@ def observe(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> tuple[La
     for layers in trace.sharing():
         inputs = get_weight(block.get_submodule(layers[0])).shape[1]
         producer = _find_producer(block, trace, layers, hidden, call)
-        residual = _residual(trace, layers[0]) if len(layers) == 1 else None
-        groups.append(LayerGroup(layers, inputs, _container(layers), producer, residual))
+        addition, closing = (_addition(block, trace, layers[0]), _closing(trace, layers[0])) if len(layers) == 1 else (None, None)
+        groups.append(LayerGroup(layers, inputs, _container(layers), producer, addition, closing))
     return tuple(groups)
 
 
@@ -118,6 +137,7 @@ class _Trace:
     makers: dict[_Key, str]  # memory of an output → the module that made it
     outputs: dict[str, torch.Tensor]  # of linear layers
     readers: dict[str, torch.Tensor]  # what enters modules that are no linear layers; `""`: the block
+    children: dict[str, Any]  # what the block's own children return
     result: torch.Tensor  # what leaves the block
 
     def sharing(self) -> list[tuple[str, ...]]:
@@ -132,17 +152,17 @@ def _key(tensor: torch.Tensor) -> _Key:
 
 
 def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> _Trace:
-    trace = _Trace([], {}, {}, {}, {"": hidden}, hidden)
+    trace = _Trace([], {}, {}, {}, {"": hidden}, {}, hidden)
     kept: list[torch.Tensor] = []  # holds every tensor seen, so that no memory is used twice while we watch
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401 - any module
         if args and isinstance(args[0], torch.Tensor) and is_matrix(module):
             trace.order.append(name)
             trace.inputs[name] = args[0]
-            trace.outputs[name] = output
+            trace.outputs[name] = output.clone()  # a block may add to it in place
             kept.append(args[0])
         elif args and isinstance(args[0], torch.Tensor):
-            trace.readers.setdefault(name, args[0])
+            trace.readers.setdefault(name, args[0].clone())
             kept.append(args[0])
         if isinstance(output, torch.Tensor):
             kept.append(output)
@@ -153,6 +173,9 @@ def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> _Trace:
             if not any(module.children()):
                 hook = module.register_forward_hook(lambda m, a, o, name=name: see(name, m, a, o))
                 stack.callback(hook.remove)
+        for name, child in block.named_children():
+            hook = child.register_forward_hook(lambda _m, _a, output, name=name: trace.children.setdefault(name, output))
+            stack.callback(hook.remove)
         trace.result = run_block(block, hidden, call)
     odd = [name for name, module in block.named_modules() if is_matrix(module) and trace.order.count(name) != 1]
     if odd:
@@ -161,18 +184,37 @@ def _trace(block: nn.Module, hidden: torch.Tensor, call: BlockCall) -> _Trace:
     return trace
 
 
-def _residual(trace: _Trace, layer: str) -> str | None:
-    """The reader of the stream that `layer`'s output is added to, or None when no sum of the two is seen."""
+def _addition(block: nn.Module, trace: _Trace, layer: str) -> Addition | None:
+    """Who reads the stream before and after `layer`'s output is added to it, or None when no sum of the two is seen."""
+    own = layer.partition(".")[0]
     output = _tokens(trace.outputs[layer])
+    later: list[tuple[str | None, torch.Tensor]] = [*trace.readers.items(), (None, trace.result)]
     for name, before in trace.readers.items():
-        if _tokens(before).shape != output.shape:
-            continue
+        child = name.partition(".")[0]
+        if _tokens(before).shape != output.shape or (child not in ("", own) and _holds_matrix(block.get_submodule(child))):
+            continue  # a child with layers of its own may be replayed, and then does not call its parts
         total = _tokens(before) + output
         tolerance = 1e-5 * float(total.abs().max())
-        for after in (_tokens(value) for value in (*trace.readers.values(), trace.result) if value is not before):
+        for reader, after in ((reader, _tokens(value)) for reader, value in later if value is not before):
             if after.shape == total.shape and torch.allclose(after, total, rtol=1e-5, atol=tolerance):
-                return name
+                return Addition(name, reader)
     return None
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    return any(is_matrix(part) for part in module.modules())
+
+
+def _closing(trace: _Trace, layer: str) -> Closing | None:
+    """The child of the block that returns `layer`'s output and nothing else that holds a value."""
+    child, inside = layer.partition(".")[::2]
+    returned = trace.children.get(child)
+    parts = returned if isinstance(returned, tuple) else (returned,)
+    if not inside or not isinstance(parts[0], torch.Tensor) or any(part is not None for part in parts[1:]):
+        return None
+    if trace.makers.get(_key(parts[0])) != layer:
+        return None
+    return Closing(child, len(parts) if isinstance(returned, tuple) else 0)
 
 
 def _tokens(values: torch.Tensor) -> torch.Tensor:

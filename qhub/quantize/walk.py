@@ -21,15 +21,15 @@ from torch import nn
 from qhub.errors import DamagedModelError, QhubError, Unsupported
 from qhub.events import Events, Progress, rss_bytes
 from qhub.interfaces import Quantizer
-from qhub.quantize.block import LayerChoice, LiveBlock
+from qhub.quantize.block import FloatSide, LayerChoice, LiveBlock
 from qhub.quantize.observe import PROBE_TOKENS, LayerGroup, each_matrix, is_transposed, observe
 from qhub.quantize.store import has_plain_zeros, layer_tensors, shard_name, write_json, write_shard
-from qhub.skeleton import BlockCall, FloatWeights, Skeleton, batch_size, forward_dtype, run_block
-from qhub.spool import Spool
+from qhub.quantize.streams import Streams
+from qhub.skeleton import BlockCall, FloatWeights, Skeleton, batch_size, forward_dtype, is_finite
 from qhub.types import Scheme
 from qhub.weights import read_header
 
-_STREAMS = ("float", "quantized")
+TOKENS_AT_ONCE = 4096  # in one forward pass
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class WalkPlan:
     choice: LayerChoice
     ids: torch.Tensor | None  # (samples, seq_len) int64 calibration tokens; None when the method needs none
     device: str = "cpu"
-    hidden_limit_bytes: int = 768 << 20
+    hidden_limit_bytes: int = 512 << 20
     max_memory_bytes: int | None = None
     trust_remote_code: bool = False
 
@@ -78,14 +78,6 @@ def walk(plan: WalkPlan, events: Events) -> WalkResult:
     return _Walk(plan, events).run()
 
 
-@dataclass(frozen=True)
-class _FloatSide:
-    """What the float model saw in one block, by the layers of a group, a batch per entry."""
-
-    inputs: dict[tuple[str, ...], Spool]
-    residuals: dict[tuple[str, ...], Spool]
-
-
 class _Walk:
     def __init__(self, plan: WalkPlan, events: Events) -> None:
         self.plan = plan
@@ -100,7 +92,7 @@ class _Walk:
         self.shapes: dict[tuple[Any, ...], tuple[LayerGroup, ...]] = {}
         self.calls: list[BlockCall] = []
         self.probe: tuple[torch.Tensor, list[BlockCall]] | None = None
-        self.streams: dict[str, Spool] = {}
+        self.streams: Streams | None = None
         self.plain_zeros = False  # how zero points are stored, once the schemes are known
 
     def run(self) -> WalkResult:
@@ -109,15 +101,15 @@ class _Walk:
         done = self._done_blocks(result)
         self._write_outer(result)
         if self.plan.ids is not None and done < self.count:
-            self._start_streams(self.plan.ids, done)
+            self.streams = self._start_streams(self.plan.ids, done)
         progress = Progress(self.events, "quantize", self.count)
         for index in range(done, self.count):
             note = self._one_block(index)
             result.add(note)
             progress.block(index, self.skeleton.block_names[index], error=note["error"])
             self._check_memory(index)
-        for stream in self.streams.values():
-            stream.close()
+        if self.streams is not None:
+            self.streams.close()
         return result
 
     def _check_layers(self) -> None:
@@ -145,7 +137,7 @@ class _Walk:
         while len(notes) < self.count and (note := self._note(len(notes))) is not None:
             notes.append(note)
         if self.plan.ids is not None and len(notes) < self.count:
-            while notes and not all(self._stream_path(name, len(notes)).exists() for name in _STREAMS):
+            while notes and not Streams.are_saved(self.plan.work, len(notes)):
                 notes.pop()
         for note in notes:
             result.add(note)
@@ -167,44 +159,41 @@ class _Walk:
         if not path.exists():
             tensors = {name: self.skeleton.files.read(name) for name in names}
             for name, tensor in tensors.items():
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if tensor.is_floating_point() and not is_finite(tensor):
                     message = f"tensor `{name}` contains NaN or infinite numbers"
                     raise DamagedModelError(message, hint="the file is damaged or the training diverged: get the weights again")
             write_shard(path, tensors)
 
-    def _start_streams(self, ids: torch.Tensor, done: int) -> None:
+    def _start_streams(self, ids: torch.Tensor, done: int) -> Streams:
         """Both streams of hidden states as they enter block `done`."""
         self.skeleton.learn_output_form(ids)
-        batch = batch_size(len(ids), ids.shape[1])
+        batch = batch_size(len(ids), ids.shape[1], TOKENS_AT_ONCE)
         hidden, self.calls = self.skeleton.embed(ids[:batch])
         probe_hidden, probe_calls = self.skeleton.embed(ids[:1, :PROBE_TOKENS])
         self.probe = probe_hidden.float(), probe_calls
-        limit = self.plan.hidden_limit_bytes // 4
-        self.streams = {name: Spool(self.plan.work / f"{name}.spool", limit) for name in _STREAMS}
+        streams = Streams(self.plan.work, self.plan.hidden_limit_bytes)
         if done:
-            shapes = [hidden.shape] * (len(ids) // batch)
-            for name, stream in self.streams.items():
-                stream.load(self._stream_path(name, done), shapes, hidden.dtype)
-            return
-        for start in range(0, len(ids), batch):
-            hidden, _ = self.skeleton.embed(ids[start : start + batch])
-            for stream in self.streams.values():
-                stream.append(hidden)
-
-    def _stream_path(self, name: str, index: int) -> Path:
-        return self.plan.work / f"{name}-{index:05d}.hidden"
+            streams.load(done, [hidden.shape] * (len(ids) // batch), hidden.dtype)
+        else:
+            streams.begin(self.skeleton.embed(ids[start : start + batch])[0] for start in range(0, len(ids), batch))
+        self.skeleton.drop_outer()
+        return streams
 
     @torch.no_grad()
     def _one_block(self, index: int) -> dict[str, Any]:
         shapes = self._shapes(index)
         with self.skeleton.block(index) as module, ExitStack() as stack:
-            side = self._run_float(module, index, shapes, stack)
+            side = FloatSide()
+            if self.streams is not None:
+                keep = "shortfall" in self.plan.quantizer.needs
+                side = self.streams.run_float(module, self.calls[index], shapes if keep else (), stack)
             block = self._live_block(index, module, shapes, side)
+            stack.callback(block.replay.end)
             self.plan.quantizer.quantize_block(block)
-            error = self._run_quantized(module, index) if self.streams else _weight_error(self.skeleton, block)
+            error = _weight_error(self.skeleton, block) if self.streams is None else self.streams.run_quantized(block)
             return self._write_block(block, error)
 
-    def _live_block(self, index: int, module: nn.Module, shapes: Sequence[LayerGroup], side: _FloatSide) -> LiveBlock:
+    def _live_block(self, index: int, module: nn.Module, shapes: Sequence[LayerGroup], side: FloatSide) -> LiveBlock:
         probe = None if self.probe is None else (self.probe[0], self.probe[1][index])
         return LiveBlock(
             index=index,
@@ -214,11 +203,11 @@ class _Walk:
             call=self.calls[index] if self.calls else BlockCall((), {}),
             shapes=shapes,
             choice=self.plan.choice,
-            hidden=self.streams.get("quantized"),
+            hidden=None if self.streams is None else self.streams.quantized,
             wanted=self.plan.quantizer.needs,
-            float_inputs=side.inputs,
-            float_residuals=side.residuals,
+            float_side=side,
             probe=probe,
+            new_spool=None if self.streams is None else self.streams.new_spool,
         )
 
     def _shapes(self, index: int) -> tuple[LayerGroup, ...]:
@@ -233,52 +222,6 @@ class _Walk:
                     self.shapes[form] = observe(exact, self.probe[0], _as_float32(self.probe[1][index]))
         return self.shapes[form]
 
-    def _run_float(self, module: nn.Module, index: int, shapes: Sequence[LayerGroup], stack: ExitStack) -> _FloatSide:
-        """Move the float stream through the block; keep what the quantizer's "drift" needs of it."""
-        stream = self.streams.get("float")
-        side = _FloatSide({}, {})
-        if stream is None:
-            return side
-        with ExitStack() as hooks:
-            if "drift" in self.plan.quantizer.needs:
-                self._keep_float_side(side, module, shapes, stack, hooks)
-            whole = [shape.layers for shape in shapes if shape.residual == "" and shape.layers in side.residuals]
-            for batch in range(len(stream)):
-                hidden = stream[batch]
-                for layers in whole:
-                    side.residuals[layers].append(hidden)
-                stream[batch] = run_block(module, hidden, self.calls[index])
-        return side
-
-    def _keep_float_side(
-        self, side: _FloatSide, module: nn.Module, shapes: Sequence[LayerGroup], stack: ExitStack, hooks: ExitStack
-    ) -> None:
-        """Spools for what enters each group, and for the residual stream where a group adds to it."""
-        limit = self.plan.hidden_limit_bytes // (4 * len(shapes))
-        for number, shape in enumerate(shapes):
-            for kind, spools, reader in (("inputs", side.inputs, shape.layers[0]), ("residual", side.residuals, shape.residual)):
-                if reader is None:
-                    continue
-                spool = spools[shape.layers] = Spool(self.plan.work / f"{kind}-{number}.spool", limit)
-                stack.callback(spool.close)
-                if reader != "":
-                    hook = module.get_submodule(reader).register_forward_pre_hook(
-                        lambda _m, args, spool=spool: spool.append(args[0].detach())
-                    )
-                    hooks.callback(hook.remove)
-
-    def _run_quantized(self, module: nn.Module, index: int) -> float:
-        """Move the quantized stream through the quantized block; returns how far it is from the float stream, squared, relative."""
-        stream, reference = self.streams["quantized"], self.streams["float"]
-        moved = total = 0.0
-        for batch in range(len(stream)):
-            hidden = run_block(module, stream[batch], self.calls[index])
-            stream[batch] = hidden
-            expected = reference[batch].float()
-            moved += float((hidden.float() - expected).square().sum())
-            total += float(expected.square().sum())
-        return moved / max(total, 1e-30)
-
     def _write_block(self, block: LiveBlock, error: float) -> dict[str, Any]:
         """Write the block's shard, then the streams, then the note that says it is done."""
         index, prefix = block.index, block.name
@@ -292,10 +235,10 @@ class _Walk:
                 dtype, full = self.skeleton.model_dtype, f"{prefix}.{layer}"
                 tensors.update(layer_tensors(full, block.results[layer], dtype, transposed=turned, plain_zeros=self.plain_zeros))
             else:
-                tensors[f"{prefix}.{inside}"] = block.current(inside, self.skeleton.files.read(name))
+                tensors[f"{prefix}.{inside}"] = block.floats.current(inside, self.skeleton.files.read(name))
         write_shard(self.plan.out / shard_name(index + 1, self.count + 1), tensors)
-        for name, stream in self.streams.items():
-            stream.save(self._stream_path(name, index + 1))
+        if self.streams is not None:
+            self.streams.save(index + 1)
         modules = {f"{prefix}.{name}": block.module.get_submodule(name) for name in block.results}
         note = {
             "layers": {name: str(self.plan.choice.of(name)) for name in layers},
@@ -306,8 +249,8 @@ class _Walk:
             "subclassed": [full for full, module in modules.items() if isinstance(module, nn.Linear) and type(module) is not nn.Linear],
         }
         write_json(self.plan.work / f"block-{index:05d}.json", note)
-        for name in self.streams:
-            self._stream_path(name, index).unlink(missing_ok=True)
+        if self.streams is not None:
+            self.streams.forget(index)
         return note
 
     def _check_memory(self, index: int) -> None:

@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 class Awq(Quantizer):
     """AWQ: per input-sharing group the scale of least output error, then a searched range per group of weights.
 
-    Options: `steps` (exponents tried), `compensate` (correct for how the blocks and layers before moved this layer's input).
+    Options: `steps` (exponents there are to try), `compensate` (correct for how the blocks and layers before moved this
+    layer's input), `sweeps` (how often each group's range is searched again, given the errors of the other groups).
     """
 
     name = "awq"
     summary = "activation-aware scaling, searched ranges"
     distribution = "qhub-awq"
     requires = ("torch",)
-    needs = frozenset({"gram", "drift"})
+    needs = frozenset({"gram", "shortfall"})
     scales = True
-    options: ClassVar[Mapping[str, Any]] = {"steps": 10, "compensate": True, "refits": 2}
+    options: ClassVar[Mapping[str, Any]] = {"steps": 10, "compensate": True, "sweeps": 3}
 
     def scale_group(self, group: Group, block: Block) -> torch.Tensor | None:
         """The input scale of least output error; None when none beats leaving the input alone."""
         from qhub_awq import search
 
-        schemes, weights, gram = block.schemes(group), group.weights, group.stats.gram
-        if gram is None or group.stats.tokens == 0:
+        schemes, weights, gram, abs_mean = block.schemes(group), group.weights, group.stats.gram, group.stats.abs_mean
+        if gram is None or abs_mean is None:
             return None
         if len(weights) == 1:
             ((name, weight),) = weights.items()
@@ -42,33 +43,39 @@ class Awq(Quantizer):
             def loss(scale: torch.Tensor) -> float:
                 return group.output_error({n: search.rounded(w, scale, schemes[n], block.dtype) for n, w in weights.items()})
 
-        magnitudes = group.stats.abs_mean, search.weight_magnitude(weights, schemes)
-        tried = search.candidates(*magnitudes, int(self.settings["steps"]))
-        return search.best_scale(loss, tried, group.tied, len(group.stats.abs_mean))
+        magnitude = search.weight_magnitude(weights, schemes)
+
+        def at(power: float, duo: bool) -> torch.Tensor:
+            return group.tied(search.candidate(abs_mean, magnitude, power, duo=duo))
+
+        return search.best_scale(loss, at, int(self.settings["steps"]))
 
     def quantize_group(self, group: Group, block: Block) -> Mapping[str, QTensor]:
-        """Round to nearest on searched ranges; a row keeps its plain range where that is better."""
-        from qhub import compensate, upper_factor
+        """Round on ranges searched for the layer's output error; a row keeps its plain range where that is better."""
+        from qhub import compensate, lower_factor
 
-        schemes, gram, drift = block.schemes(group), group.stats.gram, group.stats.drift
-        factor = upper_factor(gram) if gram is not None and drift is not None and self.settings["compensate"] else None
+        schemes, gram = block.schemes(group), group.stats.gram
+        factor = lower_factor(gram) if gram is not None and self.settings["compensate"] else None
         result = {}
         for name, weight in group.weights.items():
-            target = weight if factor is None or drift is None else compensate(weight, drift, factor, group.stats.residual)
+            missing = group.shortfall(name)
+            target = weight if factor is None or missing is None else compensate(weight, missing, factor)
             result[name] = self._round(target, gram, schemes[name], block)
         return result
 
     def _round(self, weight: torch.Tensor, gram: torch.Tensor | None, scheme: Scheme, block: Block) -> QTensor:
+        from dataclasses import replace
+
         from qhub import better_rows, fit_scales, on_grid, quantize_rtn, search_grid
+        from qhub_awq.descent import descend
 
         plain = quantize_rtn(weight, scheme, block.dtype)
         if gram is None:
             return plain
         searched = on_grid(weight, search_grid(weight, scheme, block.dtype, gram.diagonal()), scheme)
         best = better_rows(weight, gram, plain, searched)
-        for _ in range(int(self.settings["refits"])):
-            best = better_rows(weight, gram, best, on_grid(weight, fit_scales(weight, best, gram, block.dtype), scheme))
-        return best
+        best = descend(weight, best, gram, scheme, block.dtype, int(self.settings["sweeps"]))
+        return better_rows(weight, gram, best, replace(best, scale=fit_scales(weight, best, gram, block.dtype).scale))
 
 
 @hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -11,15 +11,10 @@ from qhub import Scheme, output_loss, quantize_rtn
 ROWS = 512  # rows of a single layer on which candidates are judged
 
 
-def candidates(input_magnitude: torch.Tensor, weight_magnitude: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-    """Input scales (K,) to try: xᵃ and xᵃ / w¹⁻ᵃ for a = 1/steps … 1, each normalised to a geometric middle of 1."""
-    x = (input_magnitude / input_magnitude.mean().clamp_min(1e-12)).clamp_min(1e-4)
-    w = weight_magnitude.clamp_min(1e-4)
-    for step in range(1, steps + 1):
-        power = step / steps
-        yield normalised(x.pow(power))
-        if step < steps:
-            yield normalised(x.pow(power) / w.pow(1 - power))
+def candidate(input_magnitude: torch.Tensor, weight_magnitude: torch.Tensor, power: float, *, duo: bool) -> torch.Tensor:
+    """The input scale xᵃ, or with `duo` xᵃ / w¹⁻ᵃ, for a = `power`; (K,), normalised to a geometric middle of 1."""
+    x = (input_magnitude / input_magnitude.mean().clamp_min(1e-12)).clamp_min(1e-4).pow(power)
+    return normalised(x / weight_magnitude.clamp_min(1e-4).pow(1 - power) if duo else x)
 
 
 def normalised(scale: torch.Tensor) -> torch.Tensor:
@@ -48,14 +43,23 @@ def single_layer_loss(weight: torch.Tensor, gram: torch.Tensor, scheme: Scheme, 
     return lambda scale: float(output_loss(rounded(rows, scale, scheme, dtype) - rows, gram).mean())
 
 
-def best_scale(
-    loss: Callable[[torch.Tensor], float], tried: Iterator[torch.Tensor], tie: Callable[[torch.Tensor], torch.Tensor], inputs: int
-) -> torch.Tensor | None:
-    """The candidate of least loss, or None when none beats the identity."""
-    best, least = None, loss(torch.ones(inputs))
-    for scale in tried:
-        scale = tie(scale)
-        value = loss(scale)
-        if value < least:
-            best, least = scale, value
-    return best
+def best_scale(loss: Callable[[torch.Tensor], float], at: Callable[[float, bool], torch.Tensor], steps: int) -> torch.Tensor | None:
+    """The candidate `at`(power, duo) of least loss, or None when none beats the identity.
+
+    Every second of the powers 1/steps … 1 is tried, then the neighbours of the best.
+    """
+    losses: dict[tuple[int, bool], float] = {}
+
+    def judge(step: int, *, duo: bool) -> None:
+        if 0 < step <= steps - duo:  # at 1 both are the same
+            losses[step, duo] = loss(at(step / steps, duo))
+
+    for duo in (False, True):
+        for step in range(steps - duo, 0, -2):
+            judge(step, duo=duo)
+    nearest, duo = min(losses, key=losses.__getitem__)
+    for step in (nearest - 1, nearest + 1):
+        judge(step, duo=duo)
+    step, duo = min(losses, key=losses.__getitem__)
+    best = at(step / steps, duo)
+    return best if losses[step, duo] < loss(torch.ones_like(best)) else None

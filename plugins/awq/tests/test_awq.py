@@ -1,11 +1,13 @@
 """`awq`: scales that never lose to plain rounding on the calibration data, folded into the producers."""
 
+import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
 from qhub_awq import search
+from qhub_awq.descent import descend
 from qhub_awq.plugin import Awq, qhub_quantizers
 from safetensors.torch import load_file
 from tiny_models import quantize, random_ids, tiny_model
@@ -114,8 +116,8 @@ def random_layer(outliers=True):
 
 def best_of(weight, inputs, gram):
     loss = search.single_layer_loss(weight, gram, SCHEME, torch.float32)
-    tried = search.candidates(inputs.abs().mean(0), search.weight_magnitude({"a": weight}, {"a": SCHEME}), 10)
-    return loss, search.best_scale(loss, tried, lambda scale: scale, 128)
+    x, w = inputs.abs().mean(0), search.weight_magnitude({"a": weight}, {"a": SCHEME})
+    return loss, search.best_scale(loss, lambda power, duo: search.candidate(x, w, power, duo=duo), 10)
 
 
 def test_salient_inputs_are_scaled_up():
@@ -126,17 +128,28 @@ def test_salient_inputs_are_scaled_up():
 
 
 def test_the_identity_is_kept_when_nothing_beats_it():
-    tried = iter([torch.full((4,), 2.0), torch.full((4,), 0.5)])
-    assert search.best_scale(lambda scale: float((scale - 1).abs().sum()), tried, lambda scale: scale, 4) is None
+    found = search.best_scale(lambda scale: float((scale - 1).abs().sum()), lambda power, duo: torch.full((4,), 1 + power), 5)
+    assert found is None
 
 
-def test_scales_are_judged_as_they_would_be_folded():
-    """Where a producer channel feeds several inputs, the tied scale counts."""
-    judged = []
-    tried = iter([torch.tensor([4.0, 1.0])])
-    best = search.best_scale(lambda scale: judged.append(scale) or -len(judged), tried, lambda scale: torch.full_like(scale, 2.0), 2)
-    assert torch.equal(best, torch.tensor([2.0, 2.0]))
-    assert torch.equal(judged[1], best)
+@pytest.mark.parametrize("steps", [1, 3, 5, 10])
+@pytest.mark.parametrize("duo", [False, True], ids=["x", "x and w"])
+def test_the_best_power_is_found_where_the_loss_has_one_valley(steps, duo):
+    """Every second power is tried, then the neighbours of the best."""
+    for best in range(1, steps + (not duo)):
+        tried = []
+
+        def loss(scale, best=best):
+            return abs(float(scale[0]) - best / steps) + (float(scale[1]) != duo)
+
+        def at(power, other, tried=tried):
+            tried.append((power, other))
+            return torch.tensor([power, float(other)])
+
+        found = search.best_scale(loss, at, steps)
+        assert float(found[0]) == pytest.approx(best / steps)
+        assert bool(found[1]) == duo
+        assert all(0 < power <= 1 for power, _ in tried)
 
 
 def test_the_loss_of_one_layer_is_its_output_error():
@@ -148,11 +161,35 @@ def test_the_loss_of_one_layer_is_its_output_error():
 
 @pytest.mark.parametrize("magnitude", [torch.zeros(16), torch.tensor([0.0, 1e-20, 1e20, 1.0] * 4)], ids=["silent inputs", "extremes"])
 def test_candidates_can_always_be_folded(magnitude):
-    tried = list(search.candidates(magnitude, torch.rand(16), 5))
-    assert len(tried) == 9
-    for scale in tried:
+    for power, duo in itertools.product((0.2, 0.6, 1.0), (False, True)):
+        scale = search.candidate(magnitude, torch.rand(16), power, duo=duo)
         assert bool(torch.isfinite(scale).all())
         assert 2.0**-10 <= float(scale.min()) <= float(scale.max()) <= 2.0**10
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme.parse("w4a16-g32-asym"), Scheme.parse("w2a16-g64-sym"), Scheme.parse("w3a16-channel-asym")], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_descending_makes_no_row_worse_and_the_whole_much_better(scheme, dtype):
+    weight, _, gram = random_layer()
+    start = quantize_rtn(weight, scheme, dtype)
+    kept = start.codes.clone(), weight.clone(), gram.clone()
+    found = descend(weight, start, gram, scheme, dtype, 2)
+    losses = [output_loss(tensor.dequantize() - weight, gram) for tensor in (start, found)]
+    assert bool((losses[1] <= losses[0] * (1 + 1e-4)).all())
+    assert float(losses[1].sum()) < 0.8 * float(losses[0].sum())
+    assert torch.equal(found.scale.to(dtype).float(), found.scale)
+    assert torch.equal(found.zero, found.zero.round())
+    assert 1 <= float(found.zero.min()) <= float(found.zero.max()) <= 2**scheme.weight_bits - 1
+    assert int(found.codes.max()) <= 2**scheme.weight_bits - 1
+    assert all(torch.equal(*pair) for pair in zip((start.codes, weight, gram), kept, strict=True))
+
+
+def test_without_sweeps_the_start_is_kept():
+    weight, _, gram = random_layer()
+    start = quantize_rtn(weight, SCHEME, torch.float16)
+    assert torch.equal(descend(weight, start, gram, SCHEME, torch.float16, 0).dequantize(), start.dequantize())
 
 
 def test_the_hook_offers_it_without_importing_torch():

@@ -18,14 +18,14 @@ class Gptq(Quantizer):
 
     Options: `damping` (share of the mean of the Hessian's diagonal added to it), `compensate` (correct for how the blocks
     and layers before moved this layer's input), `refits` (how often scales are fitted to the codes and the layer solved
-    again; auto: once, twice below 4 bits).
+    again; auto: twice below 4 bits, else not at all, as it gains little there).
     """
 
     name = "gptq"
     summary = "second-order error feedback, layer by layer"
     distribution = "qhub-gptq"
     requires = ("torch",)
-    needs = frozenset({"gram", "drift"})
+    needs = frozenset({"gram", "shortfall"})
     options: ClassVar[Mapping[str, Any]] = {"damping": 0.03, "compensate": True, "refits": "auto"}
 
     def quantize_group(self, group: Group, block: Block) -> Mapping[str, QTensor]:
@@ -41,35 +41,41 @@ class Gptq(Quantizer):
         import torch
 
         weights = {name: weight for name, weight in group.weights.items() if name in names}
-        quantized = self._solve_tall(torch.cat(list(weights.values())), scheme, group, block)
+        quantized = self._solve_tall(torch.cat(list(weights.values())), list(weights), scheme, group, block)
         parts = torch.arange(len(quantized.codes)).split([len(weight) for weight in weights.values()])
         return {name: quantized.rows(int(part[0]), int(part[-1]) + 1) for name, part in zip(weights, parts, strict=True)}
 
-    def _solve_tall(self, weight: torch.Tensor, scheme: Scheme, group: Group, block: Block) -> QTensor:
-        from qhub import QTensor, better_rows, compensate, fit_scales, quantize_rtn, search_grid, upper_factor
-        from qhub_gptq.solver import round_with_feedback
+    def _solve_tall(self, weight: torch.Tensor, names: Sequence[str], scheme: Scheme, group: Group, block: Block) -> QTensor:
+        import torch
 
-        gram, drift, damping = group.stats.gram, group.stats.drift, float(self.settings["damping"])
+        from qhub import QTensor, fit_scales, pick_rows, quantize_rtn, search_grid
+        from qhub_gptq.solver import Hessian, round_with_feedback
+
+        gram = group.stats.gram
         if gram is None:
             block.note(group, "rounded to nearest: no calibration statistics")
             return quantize_rtn(weight, scheme, block.dtype)
-        if drift is not None and self.settings["compensate"]:
-            factor = upper_factor(gram, damping)
-            weight = weight if factor is None else compensate(weight, drift, factor, group.stats.residual)
+        hessian = Hessian.of(gram, float(self.settings["damping"]))
+        if hessian is None:
+            block.note(group, "rounded to nearest: the Hessian does not factorise")
+            return quantize_rtn(weight, scheme, block.dtype)
+        shortfalls = [missing for name in names if (missing := group.shortfall(name)) is not None]
+        if shortfalls and self.settings["compensate"]:
+            weight = hessian.compensate(weight, torch.cat(shortfalls))
         grid = search_grid(weight, scheme, block.dtype, gram.diagonal())
-        solved: QTensor | None = None
-        refits = self.settings["refits"]
-        for _ in range(1 + (int(scheme.weight_bits < 4) + 1 if refits == "auto" else int(refits))):
-            if solved is not None:
-                grid = fit_scales(weight, solved, gram, block.dtype)
-            codes = round_with_feedback(weight, grid, gram, scheme.weight_bits, damping)
-            if codes is None:
-                block.note(group, "rounded to nearest: the Hessian does not factorise")
-                return quantize_rtn(weight, scheme, block.dtype)
-            again = QTensor(codes, grid.scale, grid.zero, scheme.weight_bits, scheme.symmetric)
-            solved = again if solved is None else better_rows(weight, gram, solved, again)
-        assert solved is not None
-        return solved
+        best, least = None, None
+        for _ in range(1 + self._refits(scheme)):
+            grid = grid if best is None else fit_scales(weight, best, gram, block.dtype)
+            codes, loss = round_with_feedback(weight, grid, hessian, scheme.weight_bits)
+            found = QTensor(codes, grid.scale, grid.zero, scheme.weight_bits, scheme.symmetric)
+            best = found if best is None else pick_rows(best, found, loss < least)
+            least = loss if least is None else torch.minimum(least, loss)
+        assert best is not None
+        return best
+
+    def _refits(self, scheme: Scheme) -> int:
+        chosen = self.settings["refits"]
+        return (2 if scheme.weight_bits < 4 else 0) if chosen == "auto" else int(chosen)
 
 
 @hookimpl

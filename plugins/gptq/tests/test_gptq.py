@@ -7,10 +7,10 @@ import pytest
 import torch
 from qhub_gptq import solver
 from qhub_gptq.plugin import Gptq, qhub_quantizers
-from qhub_gptq.solver import round_with_feedback
+from qhub_gptq.solver import Hessian, round_with_feedback
 from tiny_models import logits_of, quantize, quantized_logits, random_ids, tiny_model
 
-from qhub import Grid, QTensor, QuantizedWeights, Scheme, minmax_grid, output_loss, quantize_rtn
+from qhub import Grid, QTensor, QuantizedWeights, Scheme, compensate, lower_factor, minmax_grid, output_loss, quantize_rtn
 
 IDS = random_ids(8, 32)
 SCHEME = Scheme.parse("w4a16-g32-asym")
@@ -29,6 +29,11 @@ def problem(inputs=256, outputs=24, seed=0, dtype=torch.float64):
 def grid_of(weight, scheme=SCHEME):
     grid = minmax_grid(weight.float(), scheme, torch.float32)
     return Grid(grid.scale.to(weight), grid.zero.to(weight))
+
+
+def solved(weight, grid, gram, bits=4, damping=DAMPING):
+    """The codes alone."""
+    return round_with_feedback(weight, grid, Hessian.of(gram, damping), bits)[0]
 
 
 def textbook(weight, grid, gram, bits, damping):
@@ -60,7 +65,7 @@ def test_the_codes_are_those_of_the_textbook(monkeypatch, scheme, columns_at_onc
     weight, gram = problem()
     scheme = Scheme.parse(scheme)
     grid = grid_of(weight, scheme)
-    codes = round_with_feedback(weight, grid, gram, scheme.weight_bits, DAMPING)
+    codes = solved(weight, grid, gram, scheme.weight_bits)
     assert torch.equal(codes, textbook(weight, grid, gram, scheme.weight_bits, DAMPING))
     assert codes.dtype == torch.uint8
     assert codes.is_contiguous()
@@ -69,8 +74,8 @@ def test_the_codes_are_those_of_the_textbook(monkeypatch, scheme, columns_at_onc
 def test_float32_finds_a_solution_as_good():
     weight, gram = problem()
     grid = grid_of(weight)
-    exact = round_with_feedback(weight, grid, gram, 4, DAMPING)
-    found = round_with_feedback(weight.float(), grid_of(weight.float()), gram.float(), 4, DAMPING)
+    exact = solved(weight, grid, gram)
+    found = solved(weight.float(), grid_of(weight.float()), gram.float())
     assert float((exact == found).float().mean()) > 0.95
     assert loss_of(found, weight, grid, gram) == pytest.approx(loss_of(exact, weight, grid, gram), rel=0.02)
 
@@ -80,7 +85,7 @@ def test_the_output_error_is_far_below_that_of_rounding(scheme):
     weight, gram = problem()
     scheme = Scheme.parse(scheme)
     grid, plain = grid_of(weight, scheme), quantize_rtn(weight.float(), scheme, torch.float32)
-    codes = round_with_feedback(weight, grid, gram, scheme.weight_bits, DAMPING)
+    codes = solved(weight, grid, gram, scheme.weight_bits)
     assert loss_of(codes, weight, grid, gram) < 0.6 * loss_of(plain.codes, weight, grid, gram)
 
 
@@ -88,22 +93,22 @@ def test_activation_order_does_not_survive():
     """With one scale per row, renaming the inputs renames the codes and does nothing else."""
     weight, gram = problem()
     scheme, order = Scheme.parse("w4a16-channel-asym"), torch.randperm(256, generator=torch.Generator().manual_seed(1))
-    codes = round_with_feedback(weight, grid_of(weight, scheme), gram, 4, DAMPING)
-    renamed = round_with_feedback(weight[:, order], grid_of(weight[:, order], scheme), gram[order][:, order], 4, DAMPING)
+    codes = solved(weight, grid_of(weight, scheme), gram)
+    renamed = solved(weight[:, order], grid_of(weight[:, order], scheme), gram[order][:, order])
     assert torch.equal(renamed, codes[:, order])
 
 
 def test_rows_do_not_depend_on_each_other():
     weight, gram = problem()
-    whole = round_with_feedback(weight, grid_of(weight), gram, 4, DAMPING)
-    part = round_with_feedback(weight[5:9], grid_of(weight[5:9]), gram, 4, DAMPING)
+    whole = solved(weight, grid_of(weight), gram)
+    part = solved(weight[5:9], grid_of(weight[5:9]), gram)
     assert torch.equal(part, whole[5:9])
 
 
 def test_uncorrelated_inputs_are_rounded_to_nearest():
     weight, gram = problem()
     grid = grid_of(weight)
-    codes = round_with_feedback(weight, grid, torch.diag(gram.diagonal()), 4, DAMPING)
+    codes = solved(weight, grid, torch.diag(gram.diagonal()))
     expected = quantize_rtn(weight.float(), SCHEME, torch.float32).codes
     assert float((codes == expected).float().mean()) > 0.999
 
@@ -112,22 +117,59 @@ def test_silent_inputs_are_no_obstacle():
     weight, gram = problem()
     gram[7], gram[:, 7] = 0, 0
     gram[100:132], gram[:, 100:132] = 0, 0
-    codes = round_with_feedback(weight, grid_of(weight), gram, 4, 0.0)
+    codes = solved(weight, grid_of(weight), gram, 4, 0.0)
     expected = quantize_rtn(weight.float(), SCHEME, torch.float32).codes
     assert torch.equal(codes[:, 100:132], expected[:, 100:132])
 
 
 def test_a_hessian_that_does_not_factorise_gives_none():
+    _, gram = problem()
+    assert Hessian.of(gram * torch.nan, DAMPING) is None
+
+
+def test_the_most_active_input_comes_last_and_the_factor_is_that_of_the_reordered_matrix():
+    _, gram = problem()
+    hessian = Hessian.of(gram, DAMPING)
+    energy = gram.diagonal()[hessian.order]
+    assert bool((energy.diff() >= 0).all())
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(256, dtype=gram.dtype)
+    torch.testing.assert_close(hessian.factor @ hessian.factor.t(), damped[hessian.order][:, hessian.order])
+    assert torch.equal(hessian.factor, hessian.factor.tril())
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w2a16-channel-sym"])
+@pytest.mark.parametrize("columns_at_once", [1, 64, 100, 256])
+def test_the_loss_of_each_row_is_its_error_under_the_damped_hessian(monkeypatch, scheme, columns_at_once):
+    monkeypatch.setattr(solver, "_COLUMNS", columns_at_once)
     weight, gram = problem()
-    assert round_with_feedback(weight, grid_of(weight), gram * torch.nan, 4, DAMPING) is None
+    scheme = Scheme.parse(scheme)
+    grid = grid_of(weight, scheme)
+    codes, loss = round_with_feedback(weight, grid, Hessian.of(gram, DAMPING), scheme.weight_bits)
+    tensor = QTensor(codes, grid.scale.float(), grid.zero.float(), scheme.weight_bits, scheme.symmetric)
+    error = tensor.dequantize().double() - weight
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(256, dtype=gram.dtype)
+    torch.testing.assert_close(loss, (error @ damped @ error.t()).diagonal(), rtol=1e-5, atol=1e-6)
+
+
+def test_it_compensates_as_everyone_does_whatever_the_order():
+    weight, gram = problem()
+    shortfall = torch.randn(24, 256, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = Hessian.of(gram, DAMPING).compensate(weight, shortfall)
+    torch.testing.assert_close(found, compensate(weight, shortfall, lower_factor(gram, DAMPING)))
 
 
 def test_nothing_is_modified():
     weight, gram = problem()
-    grid = grid_of(weight)
-    kept = [part.clone() for part in (weight, gram, grid.scale, grid.zero)]
-    round_with_feedback(weight, grid, gram, 4, DAMPING)
-    assert all(torch.equal(*pair) for pair in zip((weight, gram, grid.scale, grid.zero), kept, strict=True))
+    grid, shortfall = grid_of(weight), weight.clone()
+    parts = (weight, gram, grid.scale, grid.zero, shortfall)
+    kept = [part.clone() for part in parts]
+    hessian = Hessian.of(gram, DAMPING)
+    held = hessian.order.clone(), hessian.factor.clone()
+    hessian.compensate(weight, shortfall)
+    round_with_feedback(weight, grid, hessian, 4)
+    assert all(torch.equal(*pair) for pair in zip(parts, kept, strict=True))
+    assert torch.equal(hessian.order, held[0])
+    assert torch.equal(hessian.factor, held[1])
 
 
 # In the walk
