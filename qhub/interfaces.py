@@ -80,7 +80,7 @@ class Group(Protocol):
         """What layer `name` gives less than in the float model: mean of (y_float − y) xᵀ, (N, K) float32; `compensate` uses it.
 
         x is what the layer reads in the quantized model, y its output with the residual stream it is added to, if it is.
-        None unless the quantizer asked for "shortfall" and there is data.
+        None unless the quantizer asked for "shortfall" and there is data, and for layers that share their input.
         """
 
     def tied(self, values: torch.Tensor) -> torch.Tensor:

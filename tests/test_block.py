@@ -187,7 +187,9 @@ def test_the_shortfall_is_what_a_layer_and_its_stream_give_less_than_in_the_floa
         float_sums = {name: stream_at(block, after) for name, (_, after) in ADDED[family].items()}
     with live(family, moved=0.1, replays=replays) as block:
         for group in block.groups():
-            for name, weight in group.weights.items():
+            if len(group.weights) > 1:  # they read the stream, whose losses the layers that add to it make up for
+                assert not any(group.shortfall(name) is not None for name in group.weights)
+            for name, weight in group.weights.items() if len(group.weights) == 1 else ():
                 now = inputs_of(block, name)
                 if name in ADDED[family]:
                     bias = getattr(block.module.get_submodule(name), "bias", None)
@@ -205,7 +207,7 @@ def test_the_shortfall_is_what_a_layer_and_its_stream_give_less_than_in_the_floa
 def test_nothing_is_missing_in_the_float_model(live, family):
     with live(family, moved=0.0) as block:
         for group in block.groups():
-            for name, weight in group.weights.items():
+            for name, weight in group.weights.items() if len(group.weights) == 1 else ():
                 assert float(group.shortfall(name).abs().max()) < 1e-4 * float((weight @ group.stats.gram).abs().max()), name
 
 
@@ -334,7 +336,7 @@ def test_a_fold_is_no_shortfall(live, layer):
         scales = [group.tied(a_scale(width, seed=seed, spread=1.0)) for seed in (1, 2)]
         assert all(block.fold(group, scale) for scale in scales)
         for each in block.groups():
-            for name, weight in each.weights.items():
+            for name, weight in each.weights.items() if len(each.weights) == 1 else ():
                 assert float(each.shortfall(name).abs().max()) < 1e-4 * float((weight @ each.stats.gram).abs().max()), name
         torch.testing.assert_close(group.input_scale, scales[0] * scales[1], rtol=1e-5, atol=0)
 
@@ -438,7 +440,7 @@ def quantized(block):
     for group in block.groups():
         shortfalls = {name: group.shortfall(name) for name in group.weights}
         seen.update({(name, "gram"): group.stats.gram.clone() for name in group.weights})
-        seen.update({(name, "shortfall"): value for name, value in shortfalls.items()})
+        seen.update({(name, "shortfall"): value for name, value in shortfalls.items() if value is not None})
         seen[group.shape.layers[0], "tokens"] = torch.tensor(group.stats.tokens)
         block.keep(group, rounded(block, group))
     return seen | {"outputs": outputs(block), "once more": outputs(block)}

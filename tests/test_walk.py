@@ -53,7 +53,8 @@ class Careful(Quantizer):
         factor, result = lower_factor(group.stats.gram), {}
         for name, weight in group.weights.items():
             scheme = block.schemes(group)[name]
-            target = compensate(weight, group.shortfall(name), factor)
+            missing = group.shortfall(name)
+            target = weight if missing is None else compensate(weight, missing, factor)
             result[name] = on_grid(target, search_grid(target, scheme, block.dtype, group.stats.gram.diagonal()), scheme)
         return result
 

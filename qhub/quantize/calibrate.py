@@ -40,8 +40,8 @@ class InputStatistics:
         if wanted is not None:
             self._wanted_output = _add_product(self._wanted_output, wanted.reshape(len(flat), -1).to(flat.dtype), flat)
         elif float_inputs is not None:
-            moved = float_inputs.reshape(-1, self.inputs).float() - flat.float()
-            self._drift = _add_product(self._drift, moved.to(flat.dtype), flat)
+            moved = float_inputs.reshape(-1, self.inputs).to(flat.dtype) - flat
+            self._drift = _add_product(self._drift, moved, flat)
 
     def rescale(self, scale: torch.Tensor) -> None:
         """Account for an input scale (K,) folded into the producer after these statistics were taken."""

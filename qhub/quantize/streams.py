@@ -70,7 +70,12 @@ class Streams:
         return side
 
     def _keep(self, side: FloatSide, shape: LayerGroup, number: int, module: nn.Module, stack: ExitStack, hooks: ExitStack) -> None:
-        """Keep what enters a group; or where it adds to the residual stream, the sum."""
+        """Keep the residual stream after a layer has added to it; or what enters a layer that does not.
+
+        Of layers that share an input nothing is kept: they read the stream, whose losses those that add to it make up for.
+        """
+        if len(shape.layers) > 1:
+            return
         if shape.addition is not None and shape.addition.after is None:
             side.sums[shape.layers] = self.float  # by then, what has left the block
             return

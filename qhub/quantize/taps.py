@@ -47,12 +47,12 @@ class Tap:
             raise Enough
 
     def _wanted(self, layer: nn.Module) -> torch.Tensor | None:
-        """What `layer`'s product must give for the stream to be the float model's, (…, N) float32."""
+        """What `layer`'s product must give for the stream to be the float model's, (…, N) in the forward dtype."""
         if self.float_sum is None or self.stream is None:
             return None
-        wanted = self.float_sum.float() - self.stream.reshape(self.float_sum.shape).float()
+        wanted = self.float_sum - self.stream.reshape(self.float_sum.shape)
         bias = getattr(layer, "bias", None)
-        return wanted if bias is None else wanted.sub_(bias.float())
+        return wanted if bias is None else wanted.sub_(bias)
 
 
 class Replay:
