@@ -215,7 +215,7 @@ class Skeleton:
         """Find out whether this architecture's blocks return a tuple, by running block 0 once on `ids` (1, T)."""
         self._load_outer(head=False)
         first = _StandIn(self._blocks[0], returns_tuple=False, stops=True)
-        with self._replaced([first]), suppress(_Reached):
+        with self._replaced([first]), suppress(Enough):
             self.model.base_model(input_ids=ids[:1, :8].to(self.device), use_cache=False)
         with self.block(0) as module:
             self._returns_tuple = isinstance(module(first.hidden, *first.args, **first.kwargs), (tuple, list))
@@ -231,8 +231,8 @@ class Skeleton:
                 self._blocks[index] = stand_in.block
 
 
-class _Reached(Exception):
-    """Stops a forward pass at the first block."""
+class Enough(Exception):
+    """Stops a forward pass once what was waited for has been seen."""
 
 
 class _StandIn(nn.Module):
@@ -257,7 +257,7 @@ class _StandIn(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:  # noqa: ANN401
         self.hidden, self.args, self.kwargs = hidden_states, args, kwargs
         if self.stops:
-            raise _Reached
+            raise Enough
         output = hidden_states if self.output is None else self.output
         return (output,) if self.returns_tuple else output
 

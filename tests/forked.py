@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -148,3 +148,15 @@ def _qhub(arguments: list[str], folder: Path, variables: dict[str, str], streams
     code = main(arguments)
     sys.stdout.flush()
     sys.exit(code)
+
+
+def terminal_output(main: int) -> Iterator[bytes]:
+    """What is written to the other side of the pseudo-terminal `main` until that is closed."""
+    while True:
+        try:
+            data = os.read(main, 65536)
+        except OSError:  # Linux says so when the other side is closed
+            return
+        if not data:
+            return
+        yield data

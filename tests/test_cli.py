@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import terminal_output
 
 ROOT = Path(__file__).parent.parent
 HELP = """\
@@ -221,15 +222,7 @@ def on_terminal(tmp_path, env):
     variables = {**os.environ, "TERM": "xterm", "COLUMNS": "80", **env}
     with subprocess.Popen([sys.executable, "-m", "qhub", "toy"], cwd=tmp_path, env=variables, stdout=child, stderr=child) as process:
         os.close(child)
-        written = b""
-        while True:
-            try:
-                data = os.read(main, 65536)
-            except OSError:  # Linux says so when the other side is closed
-                break
-            if not data:
-                break
-            written += data
+        written = b"".join(terminal_output(main))
     os.close(main)
     return process.returncode, written.decode()
 

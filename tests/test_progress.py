@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import PLUGINS, Ran, needs_plugins, run, start
+from forked import PLUGINS, Ran, needs_plugins, run, start, terminal_output
 from tiny_models import tiny_model
 
 pytestmark = needs_plugins
@@ -121,18 +121,7 @@ def on_terminal(place: Path, arguments: list[str]) -> tuple[int, str]:
     """Exit code and everything that appears when stdout and stderr are a terminal."""
     main, child = pty.openpty()
     written: list[bytes] = []
-
-    def read() -> None:
-        while True:
-            try:
-                data = os.read(main, 65536)
-            except OSError:  # Linux says so when the other side is closed
-                return
-            if not data:
-                return
-            written.append(data)
-
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=lambda: written.extend(terminal_output(main)))
     started = start(arguments, place, env={"TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "120"}, terminal=Path(os.ttyname(child)))
     reader.start()
     started.process.join(120)

@@ -20,8 +20,8 @@ from qhub.quantize.fold import FoldedWeights
 from qhub.quantize.linalg import product
 from qhub.quantize.observe import LayerGroup, set_weight
 from qhub.quantize.qtensor import QTensor
-from qhub.quantize.taps import Enough, Replay, Tap
-from qhub.skeleton import BlockCall, hidden_of, run_block
+from qhub.quantize.taps import Replay, Tap
+from qhub.skeleton import BlockCall, Enough, hidden_of, run_block
 from qhub.spool import Spool
 from qhub.types import Scheme, last_match
 

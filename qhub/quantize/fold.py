@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,7 @@ from qhub.quantize.observe import LayerGroup, Producer, get_weight, is_matrix, i
 from qhub.skeleton import BlockCall, run_block
 
 # Share of the block's output on the probe that a fold may move: weights in 16 bits are rounded again as they are scaled.
-_TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-3}
-_TOLERANCE_16_BITS = 0.02
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 0.02
 
 
 @dataclass
@@ -92,7 +91,7 @@ class FoldedWeights:
         if before is None or after is None:
             return True
         moved = float((after - before).norm() / before.norm().clamp_min(1e-12))
-        return moved < _TOLERANCE.get(self._forward_dtype(), _TOLERANCE_16_BITS)
+        return moved < (_TOLERANCE if self._forward_dtype() == torch.float32 else _TOLERANCE_16_BITS)
 
     def _divide_rows(self, producer: Producer, scale: torch.Tensor) -> None:
         weight = self.weight(producer.module)

@@ -16,7 +16,7 @@ _SMALL = 1 << 24  # multiplications below which a product is not worth a detour
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left (M, K) @ right (K, N) in their dtype, float32 by oneDNN where torch has it.
 
-    torch multiplies float32 matrices with MKL, which reaches about half of oneDNN's speed on processors that are not Intel's.
+    torch multiplies float32 matrices with MKL, which reached half of oneDNN's speed on an AMD Zen 5.
     """
     if left.dtype != torch.float32 or left.device.type != "cpu" or left.numel() * right.shape[1] < _SMALL or not _has_onednn():
         return left @ right

@@ -7,7 +7,7 @@ is found by a numeric probe: scale its output channels by distinct factors and r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qhub.errors import Unsupported
-from qhub.skeleton import BlockCall, run_block
+from qhub.skeleton import BlockCall, Enough, run_block
 
 PROBE_TOKENS = 64
 _LINEAR_TOLERANCE = 1e-7  # share of the signal that may be left after one factor per channel, float32
@@ -315,22 +315,17 @@ def scaled_rows(module: nn.Module, rows: torch.Tensor, factors: torch.Tensor) ->
             module.bias = bias
 
 
-class _Found(Exception):
-    """Stops a forward pass once the input we wait for has been seen."""
-
-
 def _input_of(block: nn.Module, layer: str, hidden: torch.Tensor, call: BlockCall) -> torch.Tensor:
     seen: list[torch.Tensor] = []
 
     def catch(_module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0])
-        raise _Found
+        raise Enough
 
     hook = block.get_submodule(layer).register_forward_pre_hook(catch)
     try:
-        run_block(block, hidden, call)
-    except _Found:
-        pass
+        with suppress(Enough):
+            run_block(block, hidden, call)
     finally:
         hook.remove()
     return seen[0]

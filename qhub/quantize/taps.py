@@ -12,11 +12,8 @@ from torch import nn
 
 from qhub.quantize.calibrate import InputStatistics
 from qhub.quantize.observe import Closing
+from qhub.skeleton import Enough
 from qhub.spool import Spool
-
-
-class Enough(Exception):
-    """Stops a forward pass after the last thing that statistics need."""
 
 
 @dataclass

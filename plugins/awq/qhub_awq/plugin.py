@@ -52,16 +52,20 @@ class Awq(Quantizer):
 
     def quantize_group(self, group: Group, block: Block) -> Mapping[str, QTensor]:
         """Round on ranges searched for the layer's output error; a row keeps its plain range where that is better."""
+        schemes, gram = block.schemes(group), group.stats.gram
+        return {
+            name: self._round(self._compensated(name, weight, group), gram, schemes[name], block) for name, weight in group.weights.items()
+        }
+
+    def _compensated(self, name: str, weight: torch.Tensor, group: Group) -> torch.Tensor:
+        """The weight to round: that of the float model, corrected where the layer has a shortfall to make up for."""
         from qhub import compensate, lower_factor
 
-        schemes, gram = block.schemes(group), group.stats.gram
-        factor = lower_factor(gram) if gram is not None and self.settings["compensate"] else None
-        result = {}
-        for name, weight in group.weights.items():
-            missing = group.shortfall(name)
-            target = weight if factor is None or missing is None else compensate(weight, missing, factor)
-            result[name] = self._round(target, gram, schemes[name], block)
-        return result
+        gram, missing = group.stats.gram, group.shortfall(name) if self.settings["compensate"] else None
+        if gram is None or missing is None:
+            return weight
+        factor = lower_factor(gram)
+        return weight if factor is None else compensate(weight, missing, factor)
 
     def _round(self, weight: torch.Tensor, gram: torch.Tensor | None, scheme: Scheme, block: Block) -> QTensor:
         from dataclasses import replace

@@ -59,9 +59,9 @@ class Gptq(Quantizer):
         if hessian is None:
             block.note(group, "rounded to nearest: the Hessian does not factorise")
             return quantize_rtn(weight, scheme, block.dtype)
-        shortfalls = [missing for name in names if (missing := group.shortfall(name)) is not None]
-        if shortfalls and self.settings["compensate"]:
-            weight = hessian.compensate(weight, torch.cat(shortfalls))
+        if self.settings["compensate"]:
+            shortfalls = [missing for name in names if (missing := group.shortfall(name)) is not None]
+            weight = hessian.compensate(weight, torch.cat(shortfalls)) if shortfalls else weight
         grid = search_grid(weight, scheme, block.dtype, gram.diagonal())
         best, least = None, None
         for _ in range(1 + self._refits(scheme)):
