@@ -54,7 +54,7 @@ def lower_factor(gram: torch.Tensor, damping: float = 0.01, order: torch.Tensor 
 
 def turned(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """matrixᵀ with its rows in `order`: whole rows are copied, which is much faster than picking columns."""
-    return matrix.t().contiguous()[order]
+    return matrix.t().contiguous().index_select(0, order)
 
 
 def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
