@@ -289,7 +289,7 @@ def forward_dtype(model_dtype: torch.dtype, hidden_size: int, device: str) -> to
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite; a finite sum proves it at a fraction of the time."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def batch_size(samples: int, seq_len: int, tokens: int = TOKENS_AT_ONCE) -> int:

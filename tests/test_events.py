@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qhub.events import Events, Progress, peak_rss_bytes, rss_bytes
+from qhub.events import Events, Progress, give_back_memory, peak_rss_bytes, rss_bytes
 
 
 def test_every_event_is_one_line_of_json_and_reaches_the_listener(tmp_path):
@@ -69,3 +69,13 @@ def test_time_left_after_a_resume_counts_only_blocks_done_here():
 
 def test_memory_now_is_at_most_the_peak():
     assert 1_000_000 < rss_bytes() <= peak_rss_bytes() * 1.01
+
+
+def test_memory_that_was_freed_goes_back_to_the_system():
+    blocks = [bytearray(1 << 16) for _ in range(2000)]  # too small to be mapped one by one
+    kept = blocks[-1]
+    before = rss_bytes()
+    del blocks
+    give_back_memory()
+    assert rss_bytes() < before - 64_000_000
+    assert len(kept) == 1 << 16

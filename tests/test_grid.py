@@ -216,3 +216,14 @@ def test_fitted_scales_do_not_depend_on_how_many_rows_are_fitted_at_once(monkeyp
     parts = fit_scales(weight, plain, gram, torch.float32)
     torch.testing.assert_close(parts.scale, whole.scale, rtol=1e-3, atol=0)  # one step of the half precision that scales are rounded to
     assert torch.equal(parts.zero, whole.zero)
+
+
+def test_rounding_a_tall_weight_gives_the_rows_that_each_part_gives_alone():
+    weight = torch.randn(1500, 512, generator=torch.Generator().manual_seed(5))  # more than is rounded at once
+    scheme = Scheme.parse("w4a16-g128-asym")
+    whole = quantize_rtn(weight, scheme, torch.bfloat16)
+    last = quantize_rtn(weight[-7:], scheme, torch.bfloat16)
+    assert whole.codes.shape == weight.shape
+    assert torch.equal(whole.codes[-7:], last.codes)
+    assert torch.equal(whole.scale[-7:], last.scale)
+    assert torch.equal(whole.zero[-7:], last.zero)

@@ -16,6 +16,7 @@ from qhub.types import Scheme
 
 _SMALLEST = 2.0**-24
 _SEARCHED_AT_ONCE = 1 << 17  # weights: what a search touches again and again stays in the cache
+_ROUNDED_AT_ONCE = 1 << 19  # weights
 _FITTED_ROWS = 1024
 
 
@@ -60,7 +61,12 @@ def search_grid(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, import
 
 def quantize_rtn(weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> QTensor:
     """Round to nearest on the min-max grid; weight (N, K) float32, not modified; `dtype` is the artifact's."""
-    return on_grid(weight, minmax_grid(weight, scheme, dtype), scheme)
+    found = []
+    for start, end in _pieces(len(weight), max(1, _ROUNDED_AT_ONCE // weight.shape[1])):
+        rows = weight[start:end]
+        found.append(on_grid(rows, minmax_grid(rows, scheme, dtype), scheme))
+    codes, scale, zero = (torch.cat(parts) for parts in zip(*((one.codes, one.scale, one.zero) for one in found), strict=True))
+    return QTensor(codes, scale, zero, scheme.weight_bits, scheme.symmetric)
 
 
 def on_grid(weight: torch.Tensor, grid: Grid, scheme: Scheme) -> QTensor:
@@ -99,6 +105,7 @@ def _fit(low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dty
 
 
 def _pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of runs of `size` rows."""
     return ((start, min(start + size, count)) for start in range(0, count, size))
 
 

@@ -42,7 +42,7 @@ def lower_factor(gram: torch.Tensor, damping: float = 0.01, order: torch.Tensor 
     if not bool(torch.isfinite(mean)) or float(mean) <= 0:
         return None
     while damping <= 1.0:
-        damped = gram.clone() if order is None else turned(turned(gram, order), order)
+        damped = gram.clone() if order is None else _in_order(gram, order)
         dead = damped.diagonal() == 0
         damped.diagonal().add_(damping * mean).masked_fill_(dead, float(mean))
         lower = _cholesky(damped)
@@ -50,6 +50,12 @@ def lower_factor(gram: torch.Tensor, damping: float = 0.01, order: torch.Tensor 
             return lower
         damping *= 3
     return None
+
+
+def _in_order(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """A symmetric matrix (K, K) with rows and columns in `order`."""
+    columns = matrix.index_select(0, order).t().contiguous()
+    return columns.index_select(0, order)
 
 
 def turned(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

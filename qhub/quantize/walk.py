@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from qhub.errors import DamagedModelError, QhubError, Unsupported
-from qhub.events import Events, Progress, rss_bytes
+from qhub.events import Events, Progress, give_back_memory, rss_bytes
 from qhub.interfaces import Quantizer
 from qhub.quantize.block import FloatSide, LayerChoice, LiveBlock
-from qhub.quantize.observe import PROBE_TOKENS, LayerGroup, each_matrix, is_transposed, observe
+from qhub.quantize.observe import PROBE_TOKENS, LayerGroup, each_matrix, get_weight, is_transposed, observe
 from qhub.quantize.store import has_plain_zeros, layer_tensors, shard_name, write_json, write_shard
 from qhub.quantize.streams import Streams
 from qhub.skeleton import BlockCall, FloatWeights, Skeleton, batch_size, forward_dtype, is_finite
@@ -30,6 +30,7 @@ from qhub.types import Scheme
 from qhub.weights import read_header
 
 TOKENS_AT_ONCE = 4096  # in one forward pass
+_ROWS_COMPARED = 256  # at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class _Walk:
         progress = Progress(self.events, "quantize", self.count)
         for index in range(done, self.count):
             note = self._one_block(index)
+            give_back_memory()
             result.add(note)
             progress.block(index, self.skeleton.block_names[index], error=note["error"])
             self._check_memory(index)
@@ -190,7 +192,7 @@ class _Walk:
             block = self._live_block(index, module, shapes, side)
             stack.callback(block.replay.end)
             self.plan.quantizer.quantize_block(block)
-            error = _weight_error(self.skeleton, block) if self.streams is None else self.streams.run_quantized(block)
+            error = _weight_error(block) if self.streams is None else self.streams.run_quantized(block)
             return self._write_block(block, error)
 
     def _live_block(self, index: int, module: nn.Module, shapes: Sequence[LayerGroup], side: FloatSide) -> LiveBlock:
@@ -290,14 +292,15 @@ def _as_float32(call: BlockCall) -> BlockCall:
     return BlockCall(tuple(convert(value) for value in call.args), {name: convert(value) for name, value in call.kwargs.items()})
 
 
-def _weight_error(skeleton: Skeleton, block: LiveBlock) -> float:
-    """Relative squared error of the block's weights: what can be said without data."""
+def _weight_error(block: LiveBlock) -> float:
+    """Relative squared error of the block's weights, which nothing has replaced: what can be said without data."""
     moved = total = 0.0
     for name, tensor in block.results.items():
-        weight = skeleton.files.read(skeleton.stored_name(f"{block.name}.{name}.weight")).float()
-        weight = weight.t() if is_transposed(block.module.get_submodule(name)) else weight
-        moved += float((tensor.dequantize() - weight).square().sum())
-        total += float(weight.square().sum())
+        weight = get_weight(block.module.get_submodule(name))
+        for start in range(0, len(weight), _ROWS_COMPARED):
+            rows = weight[start : start + _ROWS_COMPARED].float()
+            total += float(rows.square().sum())
+            moved += float((rows - tensor.rows(start, start + len(rows)).dequantize()).square_().sum())
     return moved / max(total, 1e-30)
 
 
