@@ -124,6 +124,8 @@ class Target:
     int8_ops_per_s: Fact | None = None
     fp16_flops_per_s: Fact | None = None
     notes: tuple[str, ...] = ()
+    vendor: str = ""  # who designed the CPU: "intel", "amd", "arm", "apple"; "" if unknown, or if the CPU is not what computes
+    flash_bytes: int | None = None  # what a microcontroller stores weights in, besides `memory_bytes` of SRAM
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ FILE = "registry.yaml"
 _STATUSES = ("active", "maintenance", "archived")
 _AVAILABLE = ("repository", "pypi", "planned")
 _CONDITIONS = ("os", "arch", "accelerators", "without", "tasks")
-_COUNTS = ("cores", "memory_bytes", "usable_memory_bytes")
+_COUNTS = ("cores", "memory_bytes", "usable_memory_bytes", "flash_bytes")
 _RATES = ("bandwidth_bytes_per_s", "int8_ops_per_s", "fp16_flops_per_s")
-_TARGET_KEYS = {"summary", "os", "arch", "isa", "accelerators", "notes", *_COUNTS, *_RATES}
+_TARGET_KEYS = {"summary", "os", "arch", "isa", "accelerators", "vendor", "notes", *_COUNTS, *_RATES}
 _INDEX_KEYS = {"distribution", "kinds", "families", "schemes", "formats", "summary", "status", "available", "finishes"}
 
 
@@ -56,11 +56,12 @@ class IndexEntry:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """The contents of `registry.yaml`; `facts` has every number of a target with its source."""
+    """The contents of `registry.yaml`; `facts` has every number of a target with its source, `aliases` other words for one."""
 
     targets: Mapping[str, Target]
     index: Mapping[str, IndexEntry]
     facts: Mapping[str, Mapping[str, Fact]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def finishers(self, target: Target, task: str) -> tuple[IndexEntry, ...]:
         """The plugins that finish a route to `target`, best first; archived ones are never among them."""
@@ -85,13 +86,14 @@ def load_registry(path: Path | None = None) -> Registry:
             targets={name: _target(path, name, row, facts[name]) for name, row in targets.items()},
             index={name: _entry(path, name, row) for name, row in plugins.items()},
             facts=facts,
+            aliases=_aliases(path, data.get("aliases", {}), targets),
         )
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise QhubError(f"`{path}` is not a valid registry: {error}", hint="install qhub-core again") from None
 
 
 def find_target(name: str, plugins: Plugins, registry: Registry | None = None) -> Target:
-    """The device called `name`: `host` is this machine, then `registry.yaml`, then what plugins add.
+    """The device called `name`: `host` is this machine, then `registry.yaml`, what plugins add, and last the aliases.
 
     :raises UsageError: when nobody knows it.
     """
@@ -99,9 +101,12 @@ def find_target(name: str, plugins: Plugins, registry: Registry | None = None) -
         from qhub.route.host import detect
 
         return detect()
-    known = known_targets(plugins, registry or load_registry())
+    registry = registry or load_registry()
+    known = known_targets(plugins, registry)
     if name not in known:
-        near = difflib.get_close_matches(name, [HOST, *known], n=1)
+        if name in registry.aliases:
+            return registry.targets[registry.aliases[name]]
+        near = difflib.get_close_matches(name, [HOST, *known, *registry.aliases], n=1)
         hint = f"did you mean `{near[0]}`? `qhub targets` lists them all" if near else "`qhub targets` lists the known ones"
         raise UsageError(f"unknown target `{name}`", hint=hint)
     return known[name]
@@ -131,7 +136,15 @@ def _target(path: Path, name: str, row: Mapping[str, Any], facts: Mapping[str, F
     rates = {key: facts[key] for key in _RATES if key in facts}
     texts = {key: tuple(str(item) for item in row.get(key, ())) for key in ("isa", "accelerators", "notes")}
     numbers = cast("dict[str, Any]", {**counts, **rates, **texts})
-    return Target(name=name, summary=str(row["summary"]), os=str(row["os"]), arch=str(row["arch"]), **numbers)
+    named = {key: str(row[key]) for key in ("summary", "os", "arch")}
+    return Target(name=name, vendor=str(row.get("vendor", "")), **named, **numbers)
+
+
+def _aliases(path: Path, rows: Mapping[str, str], targets: Mapping[str, Any]) -> dict[str, str]:
+    for name, meant in rows.items():
+        if name in targets or meant not in targets:
+            raise QhubError(f"`{path}`: alias `{name}` of `{meant}`: the first must not be a target, the second must be one")
+    return dict(rows)
 
 
 def _entry(path: Path, name: str, row: Mapping[str, Any]) -> IndexEntry:
