@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from qhub.errors import QhubError, UsageError
-from qhub.types import Fact, Family, Target
+from qhub.types import Fact, Family, Target, Task
 
 if TYPE_CHECKING:
     from qhub.plugins import Plugins
@@ -17,17 +17,42 @@ if TYPE_CHECKING:
 HOST = "host"
 FILE = "registry.yaml"
 _STATUSES = ("active", "maintenance", "archived")
-_AVAILABLE = ("repository", "pypi", "planned")
-_CONDITIONS = ("os", "arch", "accelerators", "without", "tasks")
+_AVAILABLE = ("repository", "pypi", "planned", "none")
+_CONDITIONS = ("os", "arch", "vendor", "isa", "accelerators", "without", "tasks")
+_USUAL_PLACE = 2
 _COUNTS = ("cores", "memory_bytes", "usable_memory_bytes", "flash_bytes")
 _RATES = ("bandwidth_bytes_per_s", "int8_ops_per_s", "fp16_flops_per_s")
 _TARGET_KEYS = {"summary", "os", "arch", "isa", "accelerators", "vendor", "notes", *_COUNTS, *_RATES}
-_INDEX_KEYS = {"distribution", "kinds", "families", "schemes", "formats", "summary", "status", "available", "finishes"}
+_INDEX_TEXTS = ("distribution", "summary", "status", "available", "status_source", "replaced_by")
+_INDEX_LISTS = ("kinds", "families", "schemes", "formats")
+_INDEX_KEYS = {*_INDEX_TEXTS, *_INDEX_LISTS, "isolated", "finishes"}
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Devices and tasks for which a plugin finishes a route; `place` is 1 for the first choice there, 3 for the last resort."""
+
+    allowed: Mapping[str, tuple[str, ...]]
+    place: int = _USUAL_PLACE
+
+    def holds(self, target: Target, task: str) -> bool:
+        """Whether `target` and `task` have one of the values that each key allows."""
+        facts = {"os": target.os, "arch": target.arch, "vendor": target.vendor, "tasks": task}
+        if not all(fact in self.allowed[key] for key, fact in facts.items() if key in self.allowed):
+            return False
+        if "isa" in self.allowed and not _any_starts(target.isa, self.allowed["isa"]):
+            return False
+        if "accelerators" in self.allowed and not _any_starts(target.accelerators, self.allowed["accelerators"]):
+            return False
+        return not _any_starts(target.accelerators, self.allowed.get("without", ()))
 
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """A known plugin, installed or not: what it offers and which devices it finishes a route for."""
+    """A known plugin, installed or not: what it offers and which devices it finishes a route for.
+
+    `replaced_by` names the entry to use in its place; `isolated` says that its dependencies exclude ours.
+    """
 
     name: str
     distribution: str
@@ -38,11 +63,20 @@ class IndexEntry:
     families: tuple[Family, ...] = ()
     schemes: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
-    finishes: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    finishes: tuple[Condition, ...] = ()
+    status_source: str = ""
+    replaced_by: str = ""
+    isolated: bool = False
+
+    def place_on(self, target: Target, task: str) -> int | None:
+        """How well this plugin finishes a route for models of this task to such a device: 1 best, 3 last; None if not at all."""
+        if not self.is_offered:
+            return None
+        return min((condition.place for condition in self.finishes if condition.holds(target, task)), default=None)
 
     def finishes_target(self, target: Target, task: str) -> bool:
         """Whether people run models of this task on such a device with what this plugin writes or runs."""
-        return any(_holds(condition, target, task) for condition in self.finishes)
+        return self.place_on(target, task) is not None
 
     def scheme_for(self, family: Family) -> str:
         """The scheme it uses for `family`: `schemes` is in the order of `families`."""
@@ -52,6 +86,11 @@ class IndexEntry:
     def is_planned(self) -> bool:
         """Whether it cannot be installed yet."""
         return self.available == "planned"
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether a route may use it: a plugin, also a planned one, that is not archived."""
+        return self.status != "archived" and self.available != "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +104,14 @@ class Registry:
 
     def finishers(self, target: Target, task: str) -> tuple[IndexEntry, ...]:
         """The plugins that finish a route to `target`, best first; archived ones are never among them."""
-        entries = [entry for entry in self.index.values() if entry.formats and entry.status != "archived"]
-        return tuple(entry for entry in entries if entry.finishes_target(target, task))
+        found = [(entry.place_on(target, task), entry) for entry in self.index.values() if entry.formats]
+        placed = sorted(((place, entry) for place, entry in found if place is not None), key=lambda pair: pair[0])
+        return tuple(entry for _, entry in placed)
+
+    def targets_of(self, entry: IndexEntry) -> tuple[str, ...]:
+        """The devices for which `entry` finishes routes for some task."""
+        tasks = get_args(Task)
+        return tuple(name for name, target in self.targets.items() if any(entry.finishes_target(target, task) for task in tasks))
 
 
 def load_registry(path: Path | None = None) -> Registry:
@@ -151,20 +196,16 @@ def _entry(path: Path, name: str, row: Mapping[str, Any]) -> IndexEntry:
     _check_keys(path, name, row, _INDEX_KEYS)
     if row["status"] not in _STATUSES or row["available"] not in _AVAILABLE:
         raise QhubError(f"`{path}`: plugin `{name}` has status `{row['status']}` and available `{row['available']}`")
-    for condition in row.get("finishes", ()):
-        _check_keys(path, name, condition, set(_CONDITIONS))
-    return IndexEntry(
-        name=name,
-        distribution=str(row["distribution"]),
-        kinds=tuple(row["kinds"]),
-        summary=str(row["summary"]),
-        status=str(row["status"]),
-        available=str(row["available"]),
-        families=tuple(row.get("families", ())),
-        schemes=tuple(row.get("schemes", ())),
-        formats=tuple(row.get("formats", ())),
-        finishes=tuple({key: tuple(values) for key, values in condition.items()} for condition in row.get("finishes", ())),
-    )
+    texts = {key: str(row[key]) for key in _INDEX_TEXTS if key in row}
+    lists = cast("dict[str, Any]", {key: tuple(row.get(key, ())) for key in _INDEX_LISTS})
+    finishes = tuple(_condition(path, name, condition) for condition in row.get("finishes", ()))
+    return IndexEntry(name=name, **texts, **lists, isolated=bool(row.get("isolated", False)), finishes=finishes)
+
+
+def _condition(path: Path, name: str, row: Mapping[str, Any]) -> Condition:
+    _check_keys(path, name, row, {*_CONDITIONS, "place"})
+    allowed = {key: tuple(row[key]) for key in _CONDITIONS if key in row}
+    return Condition(allowed, int(row.get("place", _USUAL_PLACE)))
 
 
 def _check_keys(path: Path, name: str, row: Mapping[str, Any], allowed: set[str]) -> None:
@@ -172,14 +213,5 @@ def _check_keys(path: Path, name: str, row: Mapping[str, Any], allowed: set[str]
         raise QhubError(f"`{path}`: `{name}` has the unknown key `{unknown[0]}`", hint=f"known: {', '.join(sorted(allowed))}")
 
 
-def _holds(condition: Mapping[str, tuple[str, ...]], target: Target, task: str) -> bool:
-    facts = {"os": target.os, "arch": target.arch, "tasks": task}
-    if not all(fact in condition[key] for key, fact in facts.items() if key in condition):
-        return False
-    if "accelerators" in condition and not _has(target, condition["accelerators"]):
-        return False
-    return not _has(target, condition.get("without", ()))
-
-
-def _has(target: Target, prefixes: tuple[str, ...]) -> bool:
-    return any(accelerator.startswith(prefix) for accelerator in target.accelerators for prefix in prefixes)
+def _any_starts(names: tuple[str, ...], prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) for name in names)
