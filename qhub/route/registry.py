@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from qhub import __version__
 from qhub.errors import QhubError, UsageError
+from qhub.route.usercache import read_cache, write_cache
 from qhub.types import Fact, Family, Target, Task
 
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 HOST = "host"
 FILE = "registry.yaml"
+_CACHE = "registry.json"
 _STATUSES = ("active", "maintenance", "archived")
 _AVAILABLE = ("repository", "pypi", "planned", "none")
 _CONDITIONS = ("os", "arch", "vendor", "isa", "accelerators", "without", "tasks")
@@ -108,6 +112,10 @@ class Registry:
         placed = sorted(((place, entry) for place, entry in found if place is not None), key=lambda pair: pair[0])
         return tuple(entry for _, entry in placed)
 
+    def aliases_of(self, name: str) -> tuple[str, ...]:
+        """Other words for the device `name`."""
+        return tuple(alias for alias, meant in self.aliases.items() if meant == name)
+
     def targets_of(self, entry: IndexEntry) -> tuple[str, ...]:
         """The devices for which `entry` finishes routes for some task."""
         tasks = get_args(Task)
@@ -117,14 +125,27 @@ class Registry:
 def load_registry(path: Path | None = None) -> Registry:
     """Read the registry: `path`, else the copy in the package (a wheel), else the one beside it (an editable install).
 
+    What was parsed is kept in the user's cache folder, since reading YAML takes longer than everything else here.
+
     :raises QhubError: when there is none, or an entry is not what the format says.
     """
-    import yaml
+    if path is not None:
+        return _built(path, _parsed(path))
+    path = _find()
+    state = path.stat()
+    made_from = [__version__, str(path), state.st_size, state.st_mtime_ns]
+    cache = read_cache(_CACHE)
+    if cache.get("made_from") == made_from:
+        with contextlib.suppress(QhubError):  # a spoilt cache: the file itself decides
+            return _built(path, cache.get("data"))
+    data = _parsed(path)
+    registry = _built(path, data)
+    write_cache(_CACHE, {"made_from": made_from, "data": data})
+    return registry
 
-    path = path or _find()
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+def _built(path: Path, data: Any) -> Registry:  # noqa: ANN401 - what YAML or JSON holds
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
         targets, plugins = data["targets"], data["plugins"]
         facts = {name: _facts(path, name, row) for name, row in targets.items()}
         return Registry(
@@ -133,8 +154,22 @@ def load_registry(path: Path | None = None) -> Registry:
             facts=facts,
             aliases=_aliases(path, data.get("aliases", {}), targets),
         )
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise QhubError(f"`{path}` is not a valid registry: {error}", hint="install qhub-core again") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _invalid(path, error) from None
+
+
+def _parsed(path: Path) -> Any:  # noqa: ANN401 - what YAML holds
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise _invalid(path, error) from None
+
+
+def _invalid(path: Path, error: Exception) -> QhubError:
+    return QhubError(f"`{path}` is not a valid registry: {error}", hint="install qhub-core again")
 
 
 def find_target(name: str, plugins: Plugins, registry: Registry | None = None) -> Target:
@@ -181,7 +216,7 @@ def _target(path: Path, name: str, row: Mapping[str, Any], facts: Mapping[str, F
     rates = {key: facts[key] for key in _RATES if key in facts}
     texts = {key: tuple(str(item) for item in row.get(key, ())) for key in ("isa", "accelerators", "notes")}
     numbers = cast("dict[str, Any]", {**counts, **rates, **texts})
-    named = {key: str(row[key]) for key in ("summary", "os", "arch")}
+    named = cast("dict[str, Any]", {key: str(row[key]) for key in ("summary", "os", "arch")})
     return Target(name=name, vendor=str(row.get("vendor", "")), **named, **numbers)
 
 
@@ -196,7 +231,7 @@ def _entry(path: Path, name: str, row: Mapping[str, Any]) -> IndexEntry:
     _check_keys(path, name, row, _INDEX_KEYS)
     if row["status"] not in _STATUSES or row["available"] not in _AVAILABLE:
         raise QhubError(f"`{path}`: plugin `{name}` has status `{row['status']}` and available `{row['available']}`")
-    texts = {key: str(row[key]) for key in _INDEX_TEXTS if key in row}
+    texts = cast("dict[str, Any]", {key: str(row[key]) for key in _INDEX_TEXTS if key in row})
     lists = cast("dict[str, Any]", {key: tuple(row.get(key, ())) for key in _INDEX_LISTS})
     finishes = tuple(_condition(path, name, condition) for condition in row.get("finishes", ()))
     return IndexEntry(name=name, **texts, **lists, isolated=bool(row.get("isolated", False)), finishes=finishes)
