@@ -157,6 +157,7 @@ class ModelProfile:
     kv_bytes_per_token: int | None = None  # at 16 bits
     vocabulary: int | None = None
     context_length: int | None = None
+    macs_per_item: int | None = None  # multiply-adds of one image, one sentence, …, where the source states them
     has_tokenizer: bool = False
     tied_embeddings: bool = False
     quantization: str | None = None  # the method that already quantized it
@@ -177,6 +178,7 @@ class Goals:
     max_latency_ms: float | None = None
     max_memory_bytes: int | None = None
     retrain: bool = False
+    batch: int = 1  # requests at once; from 16 on arithmetic bounds decoding, not bandwidth
 
 
 @dataclass(frozen=True, slots=True)
