@@ -1,4 +1,4 @@
-"""`qhub recommend`, `targets`, `plugins` and `inspect`: exact output, in processes of their own."""
+"""`qhub recommend`, `plugins` and `inspect`: exact output, in processes of their own."""
 
 from __future__ import annotations
 
@@ -32,14 +32,6 @@ MODEL = """
 @hookimpl
 def qhub_models():
     return [ModelSource(name="demo:llm", path=Path("{}"), summary="a toy model")]
-"""
-
-BOARD = """
-from qhub import Target, hookimpl
-
-@hookimpl
-def qhub_targets():
-    return [Target("toy", "a toy device", "linux", "riscv64")]
 """
 
 RECOMMENDED = """\
@@ -174,42 +166,6 @@ def test_recommend_works_without_any_plugin(qhub, llama):
     ran = qhub("recommend", llama(), "--target", "apple-m1")
     assert (ran.code, ran.err) == (0, "")
     assert "but: no installed plugin serves `weight-only`: `qhub-awq` would" in ran.out
-
-
-def test_targets_lists_the_devices(qhub):
-    ran = qhub("targets")
-    assert (ran.code, ran.err) == (0, "")
-    rows = ran.out.splitlines()
-    assert rows[0].split() == ["target", "memory", "bandwidth", "what", "it", "is"]
-    assert rows[1].startswith("host ")
-    assert rows[2].split()[:5] == ["apple-m1", "17.2", "GB", "68.25", "GB/s"]
-    assert qhub("targets", "list").out == ran.out
-
-
-def test_targets_show_gives_every_fact_with_its_source(qhub):
-    ran = qhub("targets", "show", "raspberry-pi-5")
-    assert (ran.code, ran.err) == (0, "")
-    (row,) = [line for line in ran.out.splitlines() if line.startswith("bandwidth")]
-    assert "17.1 GB/s" in row
-    assert "derived: 32-bit LPDDR4X-4267" in row
-    document = json.loads(qhub("targets", "show", "raspberry-pi-5", "--json").out)
-    assert document["bandwidth_bytes_per_s"]["value"] == 17.1e9
-    assert qhub("targets", "show", "zx81") == (2, "", "error: unknown target `zx81`\n\nhint: `qhub targets` lists the known ones\n")
-
-
-def test_targets_detect_measures_and_the_others_use_what_it_measured(qhub, tmp_path):
-    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    assert json.loads(qhub("targets", "--json", env=env).out)["targets"][0]["bandwidth_bytes_per_s"] is None
-    ran = qhub("targets", "detect", "--json", env=env)
-    assert (ran.code, ran.err) == (0, f"kept in {tmp_path}/cache/qhub/host.json\n")
-    measured = json.loads(ran.out)["bandwidth_bytes_per_s"]
-    assert json.loads(qhub("targets", "list", "--json", env=env).out)["targets"][0]["bandwidth_bytes_per_s"] == measured
-
-
-def test_a_target_of_a_plugin_is_listed(qhub, toy_plugin):
-    env = toy_plugin("board", BOARD)
-    assert "toy" in qhub("targets", env=env).out
-    assert json.loads(qhub("targets", "show", "toy", "--json", env=env).out)["arch"] == "riscv64"
 
 
 def test_plugins_lists_what_is_usable_missing_and_broken(qhub, toy_plugin):
