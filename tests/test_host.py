@@ -69,6 +69,10 @@ def test_host_says_what_a_target_must_say():
     assert target.bandwidth_bytes_per_s is None
 
 
+def test_the_name_of_the_processor_is_part_of_what_host_is():
+    assert host.cpu_model() in host.detect().summary
+
+
 def test_detection_takes_less_than_30_milliseconds():
     times = []
     for _ in range(5):
@@ -170,6 +174,23 @@ def test_a_hybrid_laptop_is_its_fast_cores_its_gpu_and_its_npu(tmp_path):
     assert target.usable_memory_bytes == int(16777216000 * 0.9)
     assert (target.int8_ops_per_s.value, target.fp16_flops_per_s.value) == (1.23e12, 3.07e11)
     assert target.int8_ops_per_s.source == "derived: 2 cores x 4.8 GHz x 2 VPDPBUSD of 32 MAC, theoretical peak"
+
+
+# The kernel's way to write a set of processors.
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("0", {0}), ("0-3", {0, 1, 2, 3}), ("0,2-3,7", {0, 2, 3, 7}), ("", set()), ("none", set())],
+)
+def test_lists_of_processors_are_read(tmp_path, text, found):
+    machine(tmp_path, {"proc/self/status": f"Name:\tpython\nCpus_allowed_list:\t{text}\n"})
+    assert linux.cpus(tmp_path) == found
+
+
+# A quota is processor time per 0.1 s of time; less than one processor is one.
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1), ("50000 100000", 1), ("300000 100000", 2), ("max 100000", 2)])
+def test_a_quota_of_processor_time_limits_the_cores(tmp_path, quota, cores):
+    files = {"proc/self/cgroup": "0::/box\n", "sys/fs/cgroup/box/cpu.max": f"{quota}\n"}
+    assert host.linux_target(machine(tmp_path, {**LAPTOP, **files}), "x86_64").cores == cores
 
 
 def test_only_the_processors_that_this_process_may_use_count(tmp_path):

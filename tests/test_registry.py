@@ -16,7 +16,7 @@ import pytest
 
 from qhub.errors import QhubError, UsageError
 from qhub.plugins import Plugins
-from qhub.route.registry import find_target, load_registry
+from qhub.route.registry import Condition, IndexEntry, find_target, load_registry
 from qhub.route.usercache import cache_path
 from qhub.types import Scheme, Target
 
@@ -269,6 +269,43 @@ def test_a_wrong_registry_is_one_clear_error(tmp_path, text, message):
         load_registry(path)
     assert message in caught.value.message
     assert str(path) in caught.value.message
+
+
+# What a condition says, and whether a Linux PC with these facts meets it for a language model.
+@pytest.mark.parametrize(
+    ("allowed", "facts", "holds"),
+    [
+        ({}, {}, True),
+        ({"os": ("windows", "linux")}, {}, True),
+        ({"os": ("windows",)}, {}, False),
+        ({"tasks": ("vision",)}, {}, False),
+        ({"vendor": ("intel",)}, {"vendor": "amd"}, False),
+        ({"vendor": ("intel",)}, {"vendor": "intel"}, True),
+        ({"isa": ("avx2", "neon")}, {"isa": ("avx2", "fma")}, True),
+        ({"isa": ("avx2",)}, {}, False),
+        ({"accelerators": ("cuda",)}, {"accelerators": ("cuda-8.9",)}, True),
+        ({"accelerators": ("cuda-9",)}, {"accelerators": ("cuda-8.9",)}, False),
+        ({"without": ("cuda",)}, {"accelerators": ("cuda-8.9",)}, False),
+        ({"without": ("cuda",)}, {"accelerators": ("gpu-intel",)}, True),
+        ({"os": ("linux",), "isa": ("avx",), "without": ("cuda",)}, {"isa": ("avx",), "accelerators": ("cuda-7.5",)}, False),
+    ],
+)
+def test_all_that_a_condition_names_must_hold(allowed, facts, holds):
+    assert Condition(allowed).holds(toy_target(**facts), "llm") == holds
+
+
+def test_the_best_place_of_the_conditions_that_hold_counts():
+    conditions = (Condition({"os": ("linux",)}, 3), Condition({"isa": ("avx2",)}, 1), Condition({"arch": ("aarch64",)}, 0))
+    entry = IndexEntry("toy", "qhub-toy", ("runtime",), "a toy", finishes=conditions)
+    assert entry.place_on(toy_target(isa=("avx2",)), "llm") == 1
+    assert entry.place_on(toy_target(), "llm") == 3
+    assert entry.place_on(toy_target(os="macos"), "llm") is None
+
+
+def test_an_index_entry_knows_the_devices_it_is_for():
+    assert REGISTRY.targets_of(REGISTRY.index["mlx"]) == ("apple-m1", "apple-m2", "apple-m3", "apple-m4", "ios")
+    assert "cortex-m4" in REGISTRY.targets_of(REGISTRY.index["tflite"])
+    assert REGISTRY.targets_of(REGISTRY.index["awq"]) == (), "a quantizer works for every device and finishes nothing"
 
 
 def test_the_parsed_registry_is_kept_and_used(monkeypatch, tmp_path):
