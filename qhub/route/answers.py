@@ -172,6 +172,8 @@ def float16_fits(situation: Situation) -> Answer:
     level, why = int8_of(target)
     if level == "only":
         return "no", why
+    if not profile.parameters:
+        return "yes", f"whether {sixteen_bit(target)} fits is unknown: so is the number of parameters"
     need = profile.parameters * 2
     limit, who = _limit(goals, target)
     if limit is not None and need > limit:

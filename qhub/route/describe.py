@@ -23,6 +23,8 @@ from qhub.units import human_bytes
 LADDER = "smaller groups, asymmetric, `--plugin awq --plugin gptq`, 8 bits for the worst layers (`--override`), 8 bits"
 _LARGE_REST = 0.2
 LESS_CONTEXT = 2048
+#: Formats that are no folder with safetensors → the distribution that would quantize them.
+READERS = {"onnx": "qhub-onnxruntime", "pt2": "qhub-ptq", "tflite": "qhub-tflite", "gguf": "qhub-gguf"}
 
 
 def reasons(search: Search, method: Method, scheme: Scheme) -> Iterator[str]:
@@ -64,6 +66,7 @@ def warnings(search: Search, target: Target, scheme: Scheme, expected: Estimates
     if any(not is_quantized(layer, scheme) for layer in search.merged.linears()):
         yield from _left_float(search.profile, scheme)
     yield from _above_goal(search, scheme, expected)
+    yield from _input(search.profile)
     if search.goals.max_latency_ms is not None and milliseconds(expected) is None:
         yield "whether --max-latency holds is unknown before a run: the estimate says why"
 
@@ -75,6 +78,17 @@ def _left_float(profile: ModelProfile, scheme: Scheme) -> Iterator[str]:
     if left:
         widths = ", ".join(str(width) for width in sorted({layer.shape[-1] for layer in left}))
         yield f"groups of {scheme.group_size} do not divide K = {widths} of {len(left)} layers such as `{left[0].name}`: they stay float"
+
+
+def _input(profile: ModelProfile) -> Iterator[str]:
+    """What has to happen before `qhub run` can work on a model in this format."""
+    if profile.format == "config":
+        yield "only the config is here: `qhub run` needs the weights too"
+    elif profile.format == "hub":
+        yield f"the weights are not here: `hf download {profile.source}` before `qhub run`"
+    elif profile.format in READERS:
+        reader = f"`{READERS[profile.format]}` (planned, not published yet)"
+        yield f"`qhub run` starts from a Hugging Face folder; {reader} would read {profile.format}"
 
 
 def _above_goal(search: Search, scheme: Scheme, expected: Estimates) -> Iterator[str]:

@@ -47,7 +47,7 @@ def is_quantized(layer: LayerShape, scheme: Scheme) -> bool:
     if scheme.is_float or len(layer.shape) < 2:
         return False
     if scheme.activation != "float":
-        return layer.kind in ("linear", "expert", "head", "conv")
+        return layer.kind in ("linear", "expert", "head", "conv", "embedding")
     return layer.kind in ("linear", "expert") and (scheme.group_size is None or layer.shape[-1] % scheme.group_size == 0)
 
 
@@ -63,7 +63,13 @@ def weight_bytes(profile: ModelProfile, scheme: Scheme) -> int:
     """Bytes of all weights under `scheme`; where the layers are not known, as if it stored all parameters."""
     if not profile.layers:
         return round(profile.parameters * scheme.bits_per_weight / 8)
+    scheme = _as_stored(profile, scheme)
     return round(sum(layer_bytes(layer, scheme) for layer in weights(profile)))
+
+
+def _as_stored(profile: ModelProfile, scheme: Scheme) -> Scheme:
+    """Language models keep embeddings and head at 16 bits, also where activations are integers."""
+    return Scheme(scheme.weight_bits) if profile.task == "llm" and scheme.activation != "float" else scheme
 
 
 def read_bytes_per_token(profile: ModelProfile, scheme: Scheme) -> int:
@@ -71,6 +77,7 @@ def read_bytes_per_token(profile: ModelProfile, scheme: Scheme) -> int:
     total = float(TYPICAL_CONTEXT * (profile.kv_bytes_per_token or 0))
     if not profile.layers:
         return round(total + weight_bytes(profile, scheme))
+    scheme = _as_stored(profile, scheme)
     for layer in weights(profile):
         if layer.kind != "embedding" or profile.tied_embeddings:
             total += layer_bytes(layer, scheme) * expert_share(profile, layer.name, layer.kind)
@@ -79,6 +86,8 @@ def read_bytes_per_token(profile: ModelProfile, scheme: Scheme) -> int:
 
 def estimate(profile: ModelProfile, scheme: Scheme, target: Target, speed: Speed) -> Estimates:
     """Size, memory and speed of `profile` at `scheme` on `target`; `basis` says what each follows from."""
+    if not profile.parameters:
+        return Estimates(basis="size, memory and speed: unknown, since what the weights are does not follow from the files")
     size = weight_bytes(profile, scheme)
     context = min(profile.context_length or PLANNED_CONTEXT, PLANNED_CONTEXT)
     cache = context * (profile.kv_bytes_per_token or 0)

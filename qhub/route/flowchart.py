@@ -89,10 +89,12 @@ LEAVES: Mapping[str, Leaf] = {
     ),
     "LW8": Leaf("Weight-only 8-bit", "weight-only", "8-bit weights halve what is read per token, and lose next to nothing", weight_bits=8),
     "LS": Leaf("Static PTQ", "static", "ranges of activations are calibrated once on representative data: the fastest INT8"),
-    "LD": Leaf("Dynamic PTQ", "dynamic", "variable input length: ranges of activations are taken at run time; normalisation stays float"),
+    "LD": Leaf(
+        "Dynamic PTQ", "dynamic", "ranges of activations are taken at run time, for inputs of any length; normalisation stays float"
+    ),
     "L16": Leaf("Float16", "float16", "half the size, twice the speed where 16-bit arithmetic is native, about 0.1 % loss, no data needed"),
     "LX": Leaf("No such model here", None, "choose a larger device"),
-}  # fmt: skip
+}
 #: What follows the leaf in every run; drawn, and walked by the run itself.
 _AFTER = (
     'E["Performance validation"]', 'F{"Meets targets?"}', 'G["Deploy model"]', 'H["Debug pipeline"]',

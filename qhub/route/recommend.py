@@ -181,7 +181,7 @@ def _key(search: Search, choice: _Choice, route: Route, state: tuple[int, ...]) 
     lacks, planned, unfinished, place, step = state
     drop = route.estimates.accuracy_drop_pct
     misses = drop is None or drop > search.goals.max_drop_pct
-    return tuple(map(int, (not route.fits, lacks, planned, misses, choice.rank, unfinished, place, step)))
+    return tuple(map(int, (not route.fits, lacks, misses, choice.rank, planned, unfinished, place, step)))
 
 
 def _levels(search: Search, choice: _Choice, default: str) -> Iterator[Sequence[Scheme]]:

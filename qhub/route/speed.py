@@ -59,7 +59,8 @@ OVERHEAD_MS = 1.0
 #: Tokens per item that a latency is stated at, by task; Whisper always hears 30 s, which are 1500 positions.
 TOKENS = {"nlp": 128, "embedding": 128}
 WHISPER_POSITIONS = 1500
-PROMPT_TOKENS = 512
+#: How a basis says that its number is a bound.
+UPPER_BOUND, LOWER_BOUND = "an upper bound", "a lower bound"
 
 
 def decode_share(target: Target, read_bytes: float) -> Share:
@@ -88,6 +89,15 @@ def _of_kind(target: Target) -> Share:
 
 def decode(read_bytes: float, target: Target, speed: Speed) -> Rate:
     """Tokens per second of one request."""
+    rate = readings_per_s(read_bytes, target, speed)
+    if rate.value is None:
+        return rate
+    tiny = f", {UPPER_BOUND}: with so little to read, overhead counts more than bandwidth" if read_bytes < TINY_BYTES else ""
+    return Rate(rate.value, f"{rate.basis} per token{tiny}")
+
+
+def readings_per_s(read_bytes: float, target: Target, speed: Speed) -> Rate:
+    """How often the device reads so many bytes in a second."""
     bandwidth = target.bandwidth_bytes_per_s
     if bandwidth is None:
         detect = "; `qhub targets detect` measures it" if target.name == "host" else ""
@@ -97,9 +107,7 @@ def decode(read_bytes: float, target: Target, speed: Speed) -> Rate:
         share = Share(speed.efficiency, speed.source)
     rate = share.value * bandwidth.value / max(read_bytes, 1)
     peak = f"{bandwidth.value / 1e9:.4g} GB/s ({bandwidth.source})"
-    text = f"{share.value:.2g} ({share.source}) × {peak} ÷ {human_bytes(read_bytes)} per token"
-    if read_bytes < TINY_BYTES:
-        text += ", an upper bound: with so little to read, overhead counts more than bandwidth"
+    text = f"{share.value:.2g} ({share.source}) × {peak} ÷ {human_bytes(read_bytes)}"
     return Rate(float(f"{rate:.3g}"), text)
 
 
@@ -129,14 +137,14 @@ def latency(profile: ModelProfile, scheme: Scheme, target: Target, size_bytes: i
     computing = 2e3 * work.value / (share.value * peak.value)
     rate = f"({share.value:.2g} ({share.source}) × {peak.value / 1e12:.3g} T{name}/s)"
     text = f"2 × {work.value / 1e9:.3g} G multiply-adds ({work.basis}) ÷ {rate}"
-    reading = decode(size_bytes, target, Speed())
+    reading = readings_per_s(size_bytes, target, Speed())
     if reading.value is not None and 1e3 / reading.value > computing:
         computing, text = (
             1e3 / reading.value,
-            f"reading {human_bytes(size_bytes)} of weights takes longer than arithmetic: 1 ÷ ({reading.basis})",
+            f"reading the weights takes longer than arithmetic: 1 ÷ ({reading.basis})",
         )
     if computing < OVERHEAD_MS:
-        text += ", a lower bound: below 1 ms overhead counts most"
+        text += f", {LOWER_BOUND}: below 1 ms overhead counts most"
     return Rate(float(f"{computing:.3g}"), text)
 
 
@@ -148,7 +156,8 @@ def prompt_tokens_per_s(profile: ModelProfile, target: Target) -> Rate:
         return Rate(None, "")
     share = arithmetic_share(target)
     rate = share.value * peak.value / (2 * active)
-    return Rate(float(f"{rate:.2g}"), f"a prompt: about {rate:,.2g} tokens/s ({share.value:.2g} of {peak.value / 1e12:.3g} TFLOP/s)")
+    rate = float(f"{rate:.2g}")
+    return Rate(rate, f"a prompt: about {rate:,.0f} tokens/s ({share.value:.2g} of {peak.value / 1e12:.3g} TFLOP/s)")
 
 
 def peak_of(scheme: Scheme, target: Target) -> tuple[Fact | None, str]:
