@@ -185,7 +185,7 @@ def test_a_microcontroller_keeps_weights_in_its_flash():
     assert (found.peak_bytes, unmet(found, target, Goals())) == (None, ())
     assert "the arena of the activations is unknown" in found.basis
     large = estimate(RESNET_50, Scheme.parse("w8a8-static"), target, Speed())
-    assert unmet(large, target, Goals()) == ("needs 25.6 MB where the memory of `cortex-m4` allows 2.1 MB",)
+    assert unmet(large, target, Goals()) == ("needs 25.6 MB where the flash of `cortex-m4` allows 2.1 MB",)
     assert largest_fitting_parameters(RESNET_50, Scheme.parse("w8a8-static"), target) == pytest.approx(2.1e6, rel=0.01)
 
 

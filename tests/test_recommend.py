@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
+from profiles import MODELS, SIX
+from toy_components import installed as toys
 
 from qhub import Exporter, NoRouteError, PluginError, Quantizer, Runtime, Scheme, UsageError, hookimpl
 from qhub.plugins import PluginInfo, Plugins
@@ -421,3 +424,97 @@ def test_routes_are_grouped_by_target_in_the_order_asked():
     assert set(without) == {"edge-tpu", "cortex-m4", "cortex-m7", "cortex-m55"}
     assert order == [name for name in TARGETS if name not in without]
     assert len(found.routes) == 3 * len(order)
+
+
+# Alternatives: where another precision comes close, it is a route too, behind the chart's.
+@pytest.mark.parametrize(
+    ("model", "target", "goals", "schemes"),
+    [
+        ("resnet-50", "intel-cpu-avx2", Goals(), ["w8a8-static", "fp16"]),
+        ("resnet-50", "intel-cpu-avx2", Goals(max_drop_pct=0.5), ["fp16", "w8a8-static"]),
+        ("resnet-50", "apple-m1", Goals(max_size_bytes=30_000_000), ["w8a8-static", "fp16"]),
+        ("resnet-50", "cortex-m55", Goals(), ["w8a8-static"]),
+        ("all-minilm-l6-v2", "intel-cpu-avx2", Goals(), ["fp16", "w8a8-dynamic"]),
+        ("all-minilm-l6-v2", "intel-cpu-avx2", Goals(max_drop_pct=3.0), ["w8a8-dynamic", "fp16"]),
+        ("bert-base", "intel-cpu-avx2", Goals(max_latency_ms=60), ["w8a8-dynamic", "fp16"]),
+        ("stable-diffusion-unet", "nvidia-ada", Goals(), ["fp16", "w8a8-static"]),
+        ("mystery", "nvidia-ada", Goals(), ["fp16"]),
+    ],
+    ids=lambda value: str(value) if not isinstance(value, Goals) else None,
+)
+def test_goals_order_the_alternatives(model, target, goals, schemes):
+    found = recommend(MODELS[model], [TARGETS[target]], goals, Plugins.load([]))
+    assert [route.scheme for route in found.routes] == schemes
+    if len(schemes) > 1:
+        assert any(text.startswith("the chart leads to") for route in found.routes for text in route.warnings)
+
+
+def test_a_route_that_is_too_slow_for_the_goal_comes_last_and_says_so():
+    found = recommend(MODELS["bert-base"], [TARGETS["intel-cpu-avx2"]], Goals(max_latency_ms=54.5), Plugins.load([]))
+    assert [(route.scheme, route.fits) for route in found.routes] == [("w8a8-dynamic", True), ("fp16", True)]
+    found = recommend(MODELS["bert-base"], [TARGETS["intel-cpu-avx2"]], Goals(max_latency_ms=1), Plugins.load([]))
+    assert not any(route.fits for route in found.routes)
+    assert any("ms per item where --max-latency allows 1 ms" in text for text in found.routes[0].warnings)
+
+
+def test_what_is_installed_comes_before_what_the_chart_prefers():
+    found = recommend(MODELS["resnet-50"], [TARGETS["intel-cpu-avx2"]], Goals(), toys(("float16", "onnxruntime")))
+    assert [(route.method, route.scheme) for route in found.routes] == [("float16", "fp16"), ("ptq", "w8a8-static")]
+
+
+def test_a_float16_method_writes_what_the_device_computes():
+    for target, scheme in (("nvidia-ada", "fp16"), ("tpu", "bf16"), ("intel-cpu-amx", "bf16")):
+        found = recommend(MODELS["stable-diffusion-unet"], [TARGETS[target]], Goals(), toys(("float16", "onnxruntime")))
+        assert found.routes[0].scheme == scheme
+
+
+def test_a_scheme_of_another_family_is_taken_with_a_warning():
+    found = recommend(MODELS["resnet-50"], [TARGETS["apple-m1"]], Goals(), Plugins.load([]), scheme=Scheme.parse("w8a8-static"))
+    (route,) = found.routes
+    assert (route.family, route.scheme) == ("static", "w8a8-static")
+    assert route.warnings[0] == "the chart leads to `float16`; scheme `w8a8-static` was asked for"
+
+
+def test_engines_come_in_the_order_of_the_registry():
+    found = recommend(MODELS["llama-3-8b"], [TARGETS["intel-cpu-amx"]], Goals(), toys(("awq", "hf", "gguf", "openvino")))
+    best = [entry.name for entry in load_registry().finishers(TARGETS["intel-cpu-amx"], "llm")]
+    assert [route.runtime for route in found.routes] == [name for name in best if name in ("hf", "gguf", "openvino")]
+
+
+def test_a_device_without_3_bit_kernels_is_not_asked_for_them():
+    route = first(llm(), TARGETS["hexagon"], toys(("awq", "onnxruntime")))
+    assert (route.scheme, route.fits) == ("w4a16-g128-sym", False)
+
+
+# Where the model comes from: what has to happen before a run.
+@pytest.mark.parametrize(
+    ("form", "warning"),
+    [
+        ("config", "only the config is here: `qhub run` needs the weights too"),
+        ("hub", "the weights are not here: `hf download m` before `qhub run`"),
+        ("onnx", "`qhub run` starts from a Hugging Face folder; `qhub-onnxruntime` (planned, not published yet) would read onnx"),
+        ("tflite", "`qhub run` starts from a Hugging Face folder; `qhub-tflite` (planned, not published yet) would read tflite"),
+        ("pt2", "`qhub run` starts from a Hugging Face folder; `qhub-ptq` (planned, not published yet) would read pt2"),
+    ],
+)
+def test_a_model_that_cannot_be_run_yet_says_so(form, warning):
+    assert warning in first(replace(SMALL, format=form)).warnings
+
+
+def test_a_model_of_which_little_is_known_still_has_a_route():
+    unknown = ModelProfile("m", "m", "vision", "X", 0, "unknown", 0, format="tflite", complete=False)
+    route = first(unknown, TARGETS["raspberry-pi-5"])
+    assert (route.scheme, route.fits, route.estimates.weight_bytes) == ("w8a8-static", True, None)
+    assert "size, memory and speed: unknown" in route.estimates.basis
+
+
+# All devices at once, for six well-known models.
+@pytest.mark.parametrize("model", SIX, ids=lambda model: model.source)
+def test_all_devices_take_less_than_300_ms(model):
+    plugins, registry = toys(("awq", "gptq", "rtn", "hf")), load_registry()
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        recommend(model, list(registry.targets.values()), Goals(), plugins, registry=registry)
+        times.append(time.process_time() - started)
+    assert min(times) < 0.3

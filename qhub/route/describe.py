@@ -118,7 +118,7 @@ def does_not_fit(profile: ModelProfile, scheme: Scheme, target: Target, broken: 
     for text in broken:
         yield f"does not fit: {text}"
         largest = largest_fitting_parameters(profile, scheme, target)
-        if "the memory of" in text and largest is not None:
+        if f" of `{target.name}` allows" in text and largest is not None:
             yield f"at `{scheme}` a model of up to about {_parameters(largest)} parameters fits `{target.name}`"
             yield from _with_less(profile, scheme, target)
 

@@ -123,7 +123,7 @@ def milliseconds(estimates: Estimates) -> float | None:
 def unmet(estimates: Estimates, target: Target, goals: Goals) -> tuple[str, ...]:
     """Which limits of the device and of the goals the estimates break; empty if they hold."""
     checks: list[tuple[str, int | None, int | None]] = [
-        (f"the memory of `{target.name}`", *_against_memory(estimates, target)),
+        (f"the {_store(target)} of `{target.name}`", *_against_memory(estimates, target)),
         ("--max-memory", estimates.peak_bytes, goals.max_memory_bytes),
         ("--max-size", estimates.weight_bytes, goals.max_size_bytes),
     ]
@@ -137,6 +137,10 @@ def unmet(estimates: Estimates, target: Target, goals: Goals) -> tuple[str, ...]
         unit = "token" if estimates.tokens_per_s else "item"
         broken.append(f"takes {taken:.3g} ms per {unit} where --max-latency allows {goals.max_latency_ms:g} ms")
     return tuple(broken)
+
+
+def _store(target: Target) -> str:
+    return "flash" if target.os == "none" and target.flash_bytes else "memory"
 
 
 def _against_memory(estimates: Estimates, target: Target) -> tuple[int | None, int | None]:
