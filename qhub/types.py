@@ -124,6 +124,8 @@ class Target:
     int8_ops_per_s: Fact | None = None
     fp16_flops_per_s: Fact | None = None
     notes: tuple[str, ...] = ()
+    vendor: str = ""  # who designed the CPU: "intel", "amd", "arm", "apple"; "" if unknown, or if the CPU is not what computes
+    flash_bytes: int | None = None  # what a microcontroller stores weights in, besides `memory_bytes` of SRAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +157,14 @@ class ModelProfile:
     kv_bytes_per_token: int | None = None  # at 16 bits
     vocabulary: int | None = None
     context_length: int | None = None
+    macs_per_item: int | None = None  # multiply-adds of one image, one sentence, …, where the source states them
     has_tokenizer: bool = False
     tied_embeddings: bool = False
     quantization: str | None = None  # the method that already quantized it
     experts: int | None = None
     experts_per_token: int | None = None
+    format: str = "safetensors"  # or "config" (no weights), "hub", "onnx", "pt2", "gguf", "tflite"
+    complete: bool = True  # False: what the weights are does not follow from the files; parameters, layers or bytes are then 0 or empty
 
     def linears(self) -> tuple[LayerShape, ...]:
         """The matrices inside the blocks: what a weight quantizer works on."""
@@ -175,6 +180,7 @@ class Goals:
     max_latency_ms: float | None = None
     max_memory_bytes: int | None = None
     retrain: bool = False
+    batch: int = 1  # requests at once; from 16 on arithmetic bounds decoding, not bandwidth
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""`qhub recommend`, `targets`, `plugins` and `inspect`: exact output, in processes of their own."""
+"""`qhub recommend`, `plugins` and `inspect`: exact output, in processes of their own."""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
-import time
 
 import pytest
 
@@ -34,29 +34,23 @@ def qhub_models():
     return [ModelSource(name="demo:llm", path=Path("{}"), summary="a toy model")]
 """
 
-BOARD = """
-from qhub import Target, hookimpl
-
-@hookimpl
-def qhub_targets():
-    return [Target("toy", "a toy device", "linux", "riscv64")]
-"""
-
 RECOMMENDED = """\
 llama: LlamaForCausalLM (llm), 0.09043 M parameters, 181 kB in bf16
 
-target    method  scheme          format  runs with    size  memory  tokens/s  fits
-apple-m1  toy     w4a16-g32-asym  –       –            76 kB  269 MB   115,000  yes
+target    method  scheme          format  runs with    size  memory  tokens/s  drop  fits
+apple-m1  toy     w4a16-g32-asym  –       –            76 kB  269 MB   ≤ 65,900  2 %  yes
 """
 EXPLAINED = """
 apple-m1: toy at w4a16-g32-asym
-  path: Retraining possible? no → Model type? llm → Does the device run 4-bit weights? yes → Method family weight-only
-  because: no retraining: post-training quantization
+  path: Retraining possible? no → Does the device run such a model? yes → Model type? llm → How many requests at once? few → Does the device run 4-bit weights? yes → Is the expected loss allowed? at 4 bits → Method family weight-only
+  because: no retraining: post-training quantization, which is quick
   because: `LlamaForCausalLM` is a model of type `llm`
   because: older charts say no 4-bit on Apple silicon: MLX and llama.cpp run it on the GPU today
+  because: about 1 % are expected to be lost at 4 bits, 2 % are allowed
   because: decoding one token at a time is bound by memory bandwidth: fewer bits, more tokens
   because: `toy` needs no data
   because: groups of 32: models up to 2 B parameters lose much to larger groups
+  because: embeddings and head stay at 16 bits: 32.8 kB of 76 kB; formats with an 8-bit head (GGUF) save half of it
   but: nothing installed runs this on `apple-m1`: the run ends with the QuantizedModel; `qhub-mlx` or `qhub-gguf` (planned, not published yet) would finish it
 """  # noqa: E501 - exact output
 KEYS = ["target", "method", "family", "scheme", "quantizer", "exporter", "runtime", "path", "reasons", "warnings", "missing", "fits"]
@@ -87,29 +81,54 @@ def test_recommend_json_is_one_document_with_the_agreed_fields(qhub, toys, llama
     assert list(route) == [*KEYS, "estimates"]
     assert list(route["estimates"]) == ["weight_bytes", "peak_bytes", "tokens_per_s", "accuracy_drop_pct", "basis"]
     assert list(route["path"][0]) == ["node", "question", "answer"]
-    assert document["rejected"] == []
+    assert list(document["rejected"][0]) == ["route", "reason"]
+    rejected = {item["route"]: item["reason"] for item in document["rejected"]}
+    assert rejected["apple-m1: mlx"] == "planned, not published yet"
+    assert "Apple" not in rejected["apple-m1: binary/ternary"]
 
 
 def test_recommend_without_a_target_is_for_this_machine_and_all_targets_are_all(qhub, toys, llama):
     folder = llama()
     assert [route["target"] for route in json.loads(qhub("recommend", folder, "--json", env=toys).out)["routes"]] == ["host"]
     everywhere = json.loads(qhub("recommend", folder, "--all-targets", "--json", env=toys).out)["routes"]
-    assert [route["target"] for route in everywhere][:3] == ["host", "apple-m1", "raspberry-pi-5"]
-    assert len(everywhere) >= 11
+    assert [route["target"] for route in everywhere][:3] == ["host", "apple-m1", "apple-m2"]
+    assert len(everywhere) >= 30
 
 
 def test_recommend_explain_shows_what_was_rejected(qhub, toys, llama):
     folder = llama(hidden=64, ffn=128, vocab=16)
     ran = qhub("recommend", folder, "--target", "apple-m1", "--max-size", "0.04", "--explain", env=toys)
     assert ran.code == 0
-    assert ran.out.endswith("\nrejected\n  apple-m1: toy → no exporter (w4a16-g32-asym): a smaller scheme fits\n")
+    assert "\nrejected\n  apple-m1: toy → no exporter (w4a16-g32-asym): a smaller scheme fits\n" in ran.out
+    assert "\n  apple-m1: autoawq: archived (" in ran.out
+    assert "\n  apple-m1: fp8: `apple-m1` is not an NVIDIA GPU with FP8 arithmetic\n" in ran.out
+
+
+def test_recommend_for_all_targets_is_one_row_each(qhub, toys, llama):
+    ran = qhub("recommend", llama(), "--all-targets", env=toys)
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert lines[2].split() == ["target", "method", "scheme", "finished", "by", "size", "memory", "tokens/s", "drop", "fits"]
+    (mac,) = [line.split() for line in lines if line.startswith("apple-m1 ")]
+    assert mac[1:5] == ["toy", "w4a16-g32-asym", "mlx", "(missing)"]
+    assert "no route: `cortex-m4` has no operating system and no room for a language model" in lines
+    assert lines[-1] == "estimates, nothing is measured; why: `qhub recommend MODEL --target T`"
+
+
+@pytest.mark.parametrize(
+    ("option", "family"), [("--batch=64", "dynamic"), ("--max-drop=0.2", "weight-only"), ("--retrain", "qat")], ids=lambda value: value
+)
+def test_goals_reach_the_chart(qhub, llama, option, family):
+    document = json.loads(qhub("recommend", llama(), "--target", "nvidia-ada", option, "--json").out)
+    assert document["routes"][0]["family"] == family
+    assert document["goals"]["batch"] == (64 if "batch" in option else 1)
 
 
 def test_recommend_mermaid_is_a_chart(qhub, toys, llama):
     ran = qhub("recommend", llama(), "--mermaid", env=toys)
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.startswith("graph TD\n")
-    assert "class B,D1,D2,LW walked" in ran.out
+    assert "class B,D,D1,D21,D22,D23,LW walked" in ran.out
 
 
 def test_recommend_exits_with_3_when_nothing_fits_but_shows_what_came_closest(qhub, toys, llama):
@@ -174,42 +193,6 @@ def test_recommend_works_without_any_plugin(qhub, llama):
     ran = qhub("recommend", llama(), "--target", "apple-m1")
     assert (ran.code, ran.err) == (0, "")
     assert "but: no installed plugin serves `weight-only`: `qhub-awq` would" in ran.out
-
-
-def test_targets_lists_the_devices(qhub):
-    ran = qhub("targets")
-    assert (ran.code, ran.err) == (0, "")
-    rows = ran.out.splitlines()
-    assert rows[0].split() == ["target", "memory", "bandwidth", "what", "it", "is"]
-    assert rows[1].startswith("host ")
-    assert rows[2].split()[:5] == ["apple-m1", "17.2", "GB", "68.25", "GB/s"]
-    assert qhub("targets", "list").out == ran.out
-
-
-def test_targets_show_gives_every_fact_with_its_source(qhub):
-    ran = qhub("targets", "show", "raspberry-pi-5")
-    assert (ran.code, ran.err) == (0, "")
-    (row,) = [line for line in ran.out.splitlines() if line.startswith("bandwidth")]
-    assert "17.1 GB/s" in row
-    assert "derived: 32-bit LPDDR4X-4267" in row
-    document = json.loads(qhub("targets", "show", "raspberry-pi-5", "--json").out)
-    assert document["bandwidth_bytes_per_s"]["value"] == 17.1e9
-    assert qhub("targets", "show", "zx81") == (2, "", "error: unknown target `zx81`\n\nhint: `qhub targets` lists the known ones\n")
-
-
-def test_targets_detect_measures_and_the_others_use_what_it_measured(qhub, tmp_path):
-    env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    assert json.loads(qhub("targets", "--json", env=env).out)["targets"][0]["bandwidth_bytes_per_s"] is None
-    ran = qhub("targets", "detect", "--json", env=env)
-    assert (ran.code, ran.err) == (0, f"kept in {tmp_path}/cache/qhub/host.json\n")
-    measured = json.loads(ran.out)["bandwidth_bytes_per_s"]
-    assert json.loads(qhub("targets", "list", "--json", env=env).out)["targets"][0]["bandwidth_bytes_per_s"] == measured
-
-
-def test_a_target_of_a_plugin_is_listed(qhub, toy_plugin):
-    env = toy_plugin("board", BOARD)
-    assert "toy" in qhub("targets", env=env).out
-    assert json.loads(qhub("targets", "show", "toy", "--json", env=env).out)["arch"] == "riscv64"
 
 
 def test_plugins_lists_what_is_usable_missing_and_broken(qhub, toy_plugin):
@@ -313,10 +296,11 @@ def test_inspect_takes_the_name_of_a_model(qhub, toy_plugin, llama):
 
 def test_recommend_starts_fast(qhub, toys, llama):
     folder = llama()
-    times = []
+    seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = os.times()
         assert qhub("recommend", folder, "--target", "apple-m1", env=toys).code == 0
-        times.append(time.perf_counter() - started)
-    # the goal of 200 ms is measured in benchmarks on an idle machine; here a regression by a heavy import would show
-    assert statistics.median(times) < 1.5
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    # processor time, since a busy machine says nothing of us; the goal of 200 ms is measured on an idle one
+    assert statistics.median(seconds) < 0.5

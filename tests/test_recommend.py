@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
+from profiles import MODELS, SIX
+from toy_components import installed as toys
 
 from qhub import Exporter, NoRouteError, PluginError, Quantizer, Runtime, Scheme, UsageError, hookimpl
 from qhub.plugins import PluginInfo, Plugins
-from qhub.route.estimate import Speed, estimate, read_bytes_per_token, weight_bytes
+from qhub.route.estimate import weight_bytes
 from qhub.route.recommend import recommend
 from qhub.route.registry import load_registry
 from qhub.types import Fact, Goals, LayerShape, ModelProfile, Target
@@ -164,15 +167,16 @@ def methods_of(found):
 def test_methods_that_use_data_come_first_and_data_free_ones_last():
     found = recommend(SMALL, [HOST], Goals(), ALL)
     assert methods_of(found) == ["scaling", "second", "nearest"]
-    assert found.routes[0].reasons[-2] == "`scaling` uses calibration text, which keeps more accuracy than rounding alone"
-    assert found.routes[2].reasons[-2] == "`nearest` needs no data"
+    assert "`scaling` uses calibration text, which keeps more accuracy than rounding alone" in found.routes[0].reasons
+    assert "`nearest` needs no data" in found.routes[2].reasons
+    assert [route.estimates.accuracy_drop_pct for route in found.routes] == [1.0, 1.0, 2.0]
 
 
 def test_a_complete_route_says_all():
     route = first()
     assert (route.target, route.method, route.family, route.quantizer) == ("host", "scaling", "weight-only", "scaling")
     assert (route.exporter, route.runtime, route.missing, route.warnings, route.fits) == ("hf", "hf", (), (), True)
-    assert [step.answer for step in route.path] == ["no", "llm", "yes", "weight-only"]
+    assert [step.answer for step in route.path] == ["no", "yes", "llm", "few", "yes", "at 4 bits", "weight-only"]
 
 
 # The group size follows the model: small ones lose much to large groups, and it has to divide K.
@@ -280,8 +284,9 @@ def test_a_target_that_nothing_installed_finishes_ends_with_the_quantized_model(
 def test_without_any_exporter_the_route_ends_with_the_quantized_model_too():
     route = first(plugins=installed(Nearest()))
     assert (route.exporter, route.runtime) == (None, None)
-    assert route.missing == ("qhub-hf", "qhub-openvino", "qhub-gguf", "qhub-native")
-    assert "`qhub-hf` or `qhub-openvino` or `qhub-gguf` or `qhub-native` (planned, not published yet) would" in route.warnings[0]
+    assert set(route.missing) == {"qhub-hf", "qhub-openvino", "qhub-gguf", "qhub-native"}
+    assert "`qhub-hf` or `" in route.warnings[0]
+    assert "(planned, not published yet) would finish it" in route.warnings[0]
 
 
 def test_an_exporter_that_is_asked_for_runs_where_it_can():
@@ -297,7 +302,7 @@ def test_an_engine_for_the_target_is_preferred_and_decides_the_scheme():
         ("host", "hf", "w4a16-g128-asym"),
     ]
     assert "0.8 (measured by `apple`)" in found.routes[0].estimates.basis
-    assert [(item.route, item.reason) for item in found.rejected] == [("host: apple → apple", "`host` has no Metal")]
+    assert (found.rejected[0].route, found.rejected[0].reason) == ("host: apple → apple", "`host` has no Metal")
 
 
 def test_a_wanted_engine_that_does_not_run_there_is_no_route():
@@ -378,7 +383,7 @@ def test_a_plugin_joins_at_the_leaf_of_its_family():
 
 
 def test_a_family_that_nobody_serves_says_what_to_install():
-    route = first(RESNET, TARGETS["apple-m1"])
+    route = first(RESNET, TARGETS["apple-m4"])
     assert (route.method, route.scheme, route.family, route.exporter) == ("ptq", "w8a8-static", "static", None)
     assert route.missing == ("qhub-ptq", "qhub-coreml", "qhub-onnxruntime")
     assert route.warnings[0] == "no installed plugin serves `static`: `qhub-ptq` (planned, not published yet) would"
@@ -386,7 +391,7 @@ def test_a_family_that_nobody_serves_says_what_to_install():
 
 def test_without_plugins_the_route_says_what_to_install():
     found = recommend(SMALL, [HOST], Goals(), Plugins.load([]))
-    assert methods_of(found) == ["awq", "gptq", "rtn"]
+    assert methods_of(found)[:3] == ["awq", "gptq", "rtn"]
     assert found.routes[0].missing[0] == "qhub-awq"
     assert found.routes[0].scheme == "w4a16-g32-asym"
 
@@ -415,44 +420,101 @@ def test_a_language_model_on_a_microcontroller_is_no_route():
 def test_routes_are_grouped_by_target_in_the_order_asked():
     found = recommend(SMALL, list(TARGETS.values()), Goals(), ALL)
     order = list(dict.fromkeys(route.target for route in found.routes))
-    assert order == list(TARGETS)
-    assert len(found.routes) == 3 * len(TARGETS)
+    without = [item.route.partition(":")[0] for item in found.rejected if item.route.endswith(": none")]
+    assert set(without) == {"edge-tpu", "cortex-m4", "cortex-m7", "cortex-m55"}
+    assert order == [name for name in TARGETS if name not in without]
+    assert len(found.routes) == 3 * len(order)
 
 
-# Estimates.
-def test_sizes_are_the_arithmetic_of_the_shapes():
-    profile = llm()
-    linears = sum(layer.shape[0] * layer.shape[1] for layer in profile.linears())
-    rest = profile.parameters - linears
-    assert weight_bytes(profile, Scheme.parse("fp16")) == 2 * profile.parameters
-    assert weight_bytes(profile, Scheme.parse("w8a16")) == linears + 2 * rest
-    assert weight_bytes(profile, Scheme.parse("w4-g128")) == round(linears * (4 + 20 / 128) / 8) + 2 * rest
-
-
-def test_experts_that_are_not_chosen_are_not_read():
-    experts = tuple(LayerShape(f"layers.0.experts.{index}.up.weight", "expert", (64, 64), "bf16", 8192, 0) for index in range(8))
-    profile = ModelProfile("m", "m", "llm", "X", 8 * 4096, "bf16", 8 * 8192, experts, 1, experts=8, experts_per_token=2)
-    assert weight_bytes(profile, Scheme.parse("w8a16")) == 8 * 4096
-    assert read_bytes_per_token(profile, Scheme.parse("w8a16")) == 2 * 4096
-
-
-# Measured by others (Llama-3-8B at about 4.5 bits, one token at a time), within 30 %.
+# Alternatives: where another precision comes close, it is a route too, behind the chart's.
 @pytest.mark.parametrize(
-    ("target", "bandwidth", "tokens_per_s"),
-    [("raspberry-pi-5", 17.1e9, 2.17), ("jetson-agx-orin", 204.8e9, 30.7), ("rtx-4090", 1008e9, 156)],
+    ("model", "target", "goals", "schemes"),
+    [
+        ("resnet-50", "intel-cpu-avx2", Goals(), ["w8a8-static", "fp16"]),
+        ("resnet-50", "intel-cpu-avx2", Goals(max_drop_pct=0.5), ["fp16", "w8a8-static"]),
+        ("resnet-50", "apple-m1", Goals(max_size_bytes=30_000_000), ["w8a8-static", "fp16"]),
+        ("resnet-50", "cortex-m55", Goals(), ["w8a8-static"]),
+        ("all-minilm-l6-v2", "intel-cpu-avx2", Goals(), ["fp16", "w8a8-dynamic"]),
+        ("all-minilm-l6-v2", "intel-cpu-avx2", Goals(max_drop_pct=3.0), ["w8a8-dynamic", "fp16"]),
+        ("bert-base", "intel-cpu-avx2", Goals(max_latency_ms=60), ["w8a8-dynamic", "fp16"]),
+        ("stable-diffusion-unet", "nvidia-ada", Goals(), ["fp16", "w8a8-static"]),
+        ("mystery", "nvidia-ada", Goals(), ["fp16"]),
+    ],
+    ids=lambda value: str(value) if not isinstance(value, Goals) else None,
 )
-def test_the_speed_of_known_devices_is_estimated(target, bandwidth, tokens_per_s):
-    device = replace(HOST, name=target, bandwidth_bytes_per_s=Fact(bandwidth, "peak"))
-    found = estimate(llm(), Scheme.parse("w4-g32"), device, Speed()).tokens_per_s
-    assert found == pytest.approx(tokens_per_s, rel=0.3)
+def test_goals_order_the_alternatives(model, target, goals, schemes):
+    found = recommend(MODELS[model], [TARGETS[target]], goals, Plugins.load([]))
+    assert [route.scheme for route in found.routes] == schemes
+    if len(schemes) > 1:
+        assert any(text.startswith("the chart leads to") for route in found.routes for text in route.warnings)
 
 
-def test_an_unknown_bandwidth_is_unknown_speed():
-    found = estimate(SMALL, Scheme.parse("w4-g32"), replace(HOST, bandwidth_bytes_per_s=None), Speed())
-    assert found.tokens_per_s is None
-    assert "unknown without the bandwidth of `host`; `qhub targets detect` measures it" in found.basis
+def test_a_route_that_is_too_slow_for_the_goal_comes_last_and_says_so():
+    found = recommend(MODELS["bert-base"], [TARGETS["intel-cpu-avx2"]], Goals(max_latency_ms=54.5), Plugins.load([]))
+    assert [(route.scheme, route.fits) for route in found.routes] == [("w8a8-dynamic", True), ("fp16", True)]
+    found = recommend(MODELS["bert-base"], [TARGETS["intel-cpu-avx2"]], Goals(max_latency_ms=1), Plugins.load([]))
+    assert not any(route.fits for route in found.routes)
+    assert any("ms per item where --max-latency allows 1 ms" in text for text in found.routes[0].warnings)
 
 
-def test_a_small_model_is_estimated_with_less_of_the_bandwidth():
-    assert "0.35 (assumed for models that read less than 1 GB)" in first().estimates.basis
-    assert "0.6 (assumed for models that read 1 GB or more)" in first(llm()).estimates.basis
+def test_what_is_installed_comes_before_what_the_chart_prefers():
+    found = recommend(MODELS["resnet-50"], [TARGETS["intel-cpu-avx2"]], Goals(), toys(("float16", "onnxruntime")))
+    assert [(route.method, route.scheme) for route in found.routes] == [("float16", "fp16"), ("ptq", "w8a8-static")]
+
+
+def test_a_float16_method_writes_what_the_device_computes():
+    for target, scheme in (("nvidia-ada", "fp16"), ("tpu", "bf16"), ("intel-cpu-amx", "bf16")):
+        found = recommend(MODELS["stable-diffusion-unet"], [TARGETS[target]], Goals(), toys(("float16", "onnxruntime")))
+        assert found.routes[0].scheme == scheme
+
+
+def test_a_scheme_of_another_family_is_taken_with_a_warning():
+    found = recommend(MODELS["resnet-50"], [TARGETS["apple-m1"]], Goals(), Plugins.load([]), scheme=Scheme.parse("w8a8-static"))
+    (route,) = found.routes
+    assert (route.family, route.scheme) == ("static", "w8a8-static")
+    assert route.warnings[0] == "the chart leads to `float16`; scheme `w8a8-static` was asked for"
+
+
+def test_engines_come_in_the_order_of_the_registry():
+    found = recommend(MODELS["llama-3-8b"], [TARGETS["intel-cpu-amx"]], Goals(), toys(("awq", "hf", "gguf", "openvino")))
+    best = [entry.name for entry in load_registry().finishers(TARGETS["intel-cpu-amx"], "llm")]
+    assert [route.runtime for route in found.routes] == [name for name in best if name in ("hf", "gguf", "openvino")]
+
+
+def test_a_device_without_3_bit_kernels_is_not_asked_for_them():
+    route = first(llm(), TARGETS["hexagon"], toys(("awq", "onnxruntime")))
+    assert (route.scheme, route.fits) == ("w4a16-g128-sym", False)
+
+
+# Where the model comes from: what has to happen before a run.
+@pytest.mark.parametrize(
+    ("form", "warning"),
+    [
+        ("config", "only the config is here: `qhub run` needs the weights too"),
+        ("hub", "the weights are not here: `hf download m` before `qhub run`"),
+        ("onnx", "`qhub run` starts from a Hugging Face folder; `qhub-onnxruntime` (planned, not published yet) would read onnx"),
+        ("tflite", "`qhub run` starts from a Hugging Face folder; `qhub-tflite` (planned, not published yet) would read tflite"),
+        ("pt2", "`qhub run` starts from a Hugging Face folder; `qhub-ptq` (planned, not published yet) would read pt2"),
+    ],
+)
+def test_a_model_that_cannot_be_run_yet_says_so(form, warning):
+    assert warning in first(replace(SMALL, format=form)).warnings
+
+
+def test_a_model_of_which_little_is_known_still_has_a_route():
+    unknown = ModelProfile("m", "m", "vision", "X", 0, "unknown", 0, format="tflite", complete=False)
+    route = first(unknown, TARGETS["raspberry-pi-5"])
+    assert (route.scheme, route.fits, route.estimates.weight_bytes) == ("w8a8-static", True, None)
+    assert "size, memory and speed: unknown" in route.estimates.basis
+
+
+# All devices at once, for six well-known models.
+@pytest.mark.parametrize("model", SIX, ids=lambda model: model.source)
+def test_all_devices_take_less_than_300_ms(model):
+    plugins, registry = toys(("awq", "gptq", "rtn", "hf")), load_registry()
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        recommend(model, list(registry.targets.values()), Goals(), plugins, registry=registry)
+        times.append(time.process_time() - started)
+    assert min(times) < 0.3

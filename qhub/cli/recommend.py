@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from qhub.route.registry import Registry
     from qhub.types import Recommendation, Route, Target
 
-_COLUMNS = ("target", "method", "scheme", "format", "runs with", "size", "memory", "tokens/s", "fits")
-_RIGHT = ("size", "memory", "tokens/s")
+_COLUMNS = ("target", "method", "scheme", "format", "runs with", "size", "memory")
 
 
 @click.command()
@@ -28,8 +27,9 @@ _RIGHT = ("size", "memory", "tokens/s")
 @click.option("--retrain/--no-retrain", default=False, show_default=True, help="Whether the model may be trained again.")
 @click.option("--max-drop", metavar="PCT", type=click.FloatRange(min=0), default=2.0, show_default=True, help="Largest accuracy drop.")
 @click.option("--max-size", metavar="MB", type=click.FloatRange(min=0, min_open=True), help="Largest size of the weights.")
-@click.option("--max-latency", metavar="MS", type=click.FloatRange(min=0, min_open=True), help="Longest time per token.")
+@click.option("--max-latency", metavar="MS", type=click.FloatRange(min=0, min_open=True), help="Longest time per token, or per item.")
 @click.option("--max-memory", metavar="GB", type=click.FloatRange(min=0, min_open=True), help="Largest memory while running.")
+@click.option("--batch", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Requests at once.")
 @click.option("--explain", is_flag=True, help="Also show every rejected route with its reason.")
 @click.option("--mermaid", is_flag=True, help="Print the flowchart with the path of the best route marked, as mermaid.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -39,7 +39,11 @@ def recommend(app: App, /, model: str, *, explain: bool, mermaid: bool, as_json:
 
     MODEL is a folder or a name such as demo:llm. Exits with 3 when no route fits the device and the goals.
     """
-    found = _recommend(app, model, options)
+    from qhub.route.registry import load_registry
+
+    registry = load_registry()
+    targets = _targets(app, registry, options["targets"], all_targets=options["all_targets"])
+    found = _recommend(app, model, {**options, "targets": targets, "registry": registry})
     if as_json:
         app.output.json(to_json(found))
     elif mermaid:
@@ -47,7 +51,12 @@ def recommend(app: App, /, model: str, *, explain: bool, mermaid: bool, as_json:
 
         app.output.print(draw(found.routes[0].path).rstrip())
     else:
-        _show(app, found, explain=explain)
+        if options["all_targets"]:
+            _show_matrix(app, found, targets, registry)
+        else:
+            _show(app, found)
+        if explain:
+            _show_rejected(app, found)
     if not any(route.fits for route in found.routes):
         first = found.routes[0]
         why = next((text for text in first.warnings if text.startswith("does not fit")), "does not fit")
@@ -58,21 +67,20 @@ def recommend(app: App, /, model: str, *, explain: bool, mermaid: bool, as_json:
 def _recommend(app: App, model: str, options: dict[str, Any]) -> Recommendation:
     from qhub.route.profile import profile
     from qhub.route.recommend import recommend as rank
-    from qhub.route.registry import load_registry
     from qhub.types import Goals, Scheme
 
     scheme = Scheme.parse(options["scheme"]) if options["scheme"] else None
-    registry = load_registry()
-    targets = _targets(app, registry, options["targets"], all_targets=options["all_targets"])
     goals = Goals(
         max_drop_pct=options["max_drop"],
         max_size_bytes=_times(options["max_size"], 1e6),
         max_latency_ms=options["max_latency"],
         max_memory_bytes=_times(options["max_memory"], 1e9),
         retrain=options["retrain"],
+        batch=options["batch"],
     )
     found = profile(model, app.plugins)
-    return rank(found, targets, goals, app.plugins, wanted=options["wanted"], scheme=scheme, registry=registry)
+    more = {"wanted": options["wanted"], "scheme": scheme, "registry": options["registry"]}
+    return rank(found, options["targets"], goals, app.plugins, **more)
 
 
 def _targets(app: App, registry: Registry, names: Sequence[str], *, all_targets: bool) -> list[Target]:
@@ -98,28 +106,45 @@ def to_json(found: Recommendation) -> dict[str, Any]:
     return document
 
 
-def _show(app: App, found: Recommendation, *, explain: bool) -> None:
+def _title(found: Recommendation) -> str:
     model = found.model
     quantity = f"{model.parameters / 1e6:.4g} M parameters, {human_bytes(model.weight_bytes)} in {model.dtype}"
-    title = f"{model.source}: {model.architecture} ({model.task}), {quantity}"
-    app.output.table(_COLUMNS, [_row(route) for route in found.routes], title=title, right=_RIGHT)
+    return f"{model.source}: {model.architecture} ({model.task}), {quantity}"
+
+
+def _show(app: App, found: Recommendation) -> None:
+    from qhub.route.matrix import RIGHT, speed_unit
+
+    columns = (*_COLUMNS, speed_unit(found.model.task), "drop", "fits")
+    app.output.table(columns, [_row(route) for route in found.routes], title=_title(found), right=RIGHT)
     best = list({route.target: route for route in reversed(found.routes)}.values())[::-1]
     for route in best:
         _explain(app, route)
-    if explain:
-        app.output.print("\nrejected")
-        for rejected in found.rejected:
-            app.output.print(f"  {rejected.route}: {rejected.reason}")
-        if not found.rejected:
-            app.output.print("  nothing")
+
+
+def _show_matrix(app: App, found: Recommendation, targets: Sequence[Target], registry: Registry) -> None:
+    from qhub.route.matrix import RIGHT, columns, refused, rows
+
+    app.output.table(columns(found.model.task), list(rows(found, targets, registry)), title=_title(found), right=RIGHT)
+    for why in refused(found, targets):
+        app.output.print(f"no route: {why}")
+    app.output.print("\nestimates, nothing is measured; why: `qhub recommend MODEL --target T`")
+
+
+def _show_rejected(app: App, found: Recommendation) -> None:
+    app.output.print("\nrejected")
+    for rejected in found.rejected:
+        app.output.print(f"  {rejected.route}: {rejected.reason}")
+    if not found.rejected:
+        app.output.print("  nothing")
 
 
 def _row(route: Route) -> tuple[str, ...]:
-    expected = route.estimates
-    speed = "–" if expected.tokens_per_s is None else f"{expected.tokens_per_s:{',.0f' if expected.tokens_per_s >= 100 else '.3g'}}"
-    size, memory = human_bytes(expected.weight_bytes), human_bytes(expected.peak_bytes)
+    from qhub.route.matrix import drop, speed
+
+    size, memory = human_bytes(route.estimates.weight_bytes), human_bytes(route.estimates.peak_bytes)
     way = (route.exporter or "–", route.runtime or "–")
-    return (route.target, route.method, route.scheme, *way, size, memory, speed, "yes" if route.fits else "no")
+    return (route.target, route.method, route.scheme, *way, size, memory, speed(route), drop(route), "yes" if route.fits else "no")
 
 
 def _explain(app: App, route: Route) -> None:

@@ -6,7 +6,6 @@ result in the user's cache folder under the name of the CPU.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -14,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
 
+from qhub.route import linux
+from qhub.route.peaks import FP16, INT8, peak
+from qhub.route.usercache import cache_path, read_cache, write_cache
 from qhub.types import Fact, Target
 
 #: What `/proc/cpuinfo` says (after the kernel removed what it does not support) → what qhub says.
@@ -37,28 +38,73 @@ _APPLE = {
 _MACHINES = {"arm64": "aarch64", "amd64": "x86_64", "AMD64": "x86_64", "ARM64": "aarch64"}
 _SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows"}
 #: What is left for a model where nothing else limits it; macOS lets the GPU wire about this much of a small machine.
-_USABLE_SHARE = {"macos": 0.67}
+_USABLE_SHARE, _USABLE_SHARE_MACOS = 0.9, 0.67
 _MEASURED_BYTES = 256 << 20
+_CACHE = "host.json"
+_ROOT = Path("/")
+#: arch_prctl: which extended registers a process may ask for; AMX's tiles are bits 17 and 18.
+_SYS_ARCH_PRCTL, _ARCH_GET_XCOMP_SUPP, _TILES = 158, 0x1021, 0b11 << 17
 
 
 def detect() -> Target:
     """This machine as the target `host`; the bandwidth is there only if it was measured before."""
-    system = _SYSTEMS.get(sys.platform, sys.platform)
     arch = _MACHINES.get(platform.machine(), platform.machine())
-    facts = _sysctl() if system == "macos" else _cpuinfo()
-    memory = _memory_bytes(facts)
-    model = facts.get("model", "unknown CPU")
+    if sys.platform == "linux":
+        tiles = "amx_tile" not in linux.cpuinfo(_ROOT).get("flags", "") or _may_use_tiles()
+        return linux_target(_ROOT, arch, tiles=tiles, cuda=_cuda())
+    if sys.platform == "darwin":
+        return macos_target(_sysctl(), arch)
+    model = platform.processor() or "unknown CPU"
+    system = _SYSTEMS.get(sys.platform, sys.platform)
+    return Target("host", _summary(model, arch), system, arch, cores=os.cpu_count(), bandwidth_bytes_per_s=_known(model))
+
+
+def linux_target(root: Path, arch: str, *, tiles: bool = True, cuda: tuple[str, ...] = ()) -> Target:
+    """The Linux machine whose `/proc` and `/sys` are below `root`.
+
+    `tiles`: whether a process may use AMX's registers; `cuda`: the accelerators that only NVIDIA's tool tells.
+    """
+    facts = linux.cpuinfo(root)
+    isa = tuple(name for name in isa_of(arch, facts) if tiles or not name.startswith("amx"))
+    allowed, fast, cores = _cores(root)
+    memory = linux.memory_bytes(root)
+    limits = [limit for limit in (memory, linux.memory_limit_bytes(root)) if limit is not None]
+    hertz = linux.hertz(root, min(fast, default=0), facts)
     return Target(
         name="host",
-        summary=f"this machine: {model}, {platform.system()} {arch}",
-        os=system,
+        summary=_summary(facts["model"], arch),
+        os="linux",
+        arch=arch,
+        isa=isa,
+        accelerators=tuple(dict.fromkeys((*cuda, *linux.accelerators(root)))),
+        cores=cores,
+        memory_bytes=memory,
+        usable_memory_bytes=int(min(limits) * _USABLE_SHARE) if limits else None,
+        bandwidth_bytes_per_s=_known(facts["model"]),
+        int8_ops_per_s=peak(INT8, isa, cores, hertz),
+        fp16_flops_per_s=peak(FP16, isa, cores, hertz),
+        notes=() if fast == allowed else (f"hybrid cores: {cores} fast ones are meant, use those for decoding",),
+        vendor=linux.vendor(facts),
+    )
+
+
+def macos_target(facts: Mapping[str, str], arch: str) -> Target:
+    """The Mac that `sysctl` says these facts of."""
+    memory = int(facts["hw.memsize"]) if facts.get("hw.memsize", "").isdigit() else None
+    cores = facts.get("hw.physicalcpu", "")
+    silicon = arch == "aarch64"
+    return Target(
+        name="host",
+        summary=_summary(facts["model"], arch),
+        os="macos",
         arch=arch,
         isa=isa_of(arch, facts),
-        accelerators=_accelerators(system, arch),
-        cores=_cores(),
+        accelerators=("metal", "ane") if silicon else ("metal",),
+        cores=int(cores) if cores.isdigit() else os.cpu_count(),
         memory_bytes=memory,
-        usable_memory_bytes=_usable_bytes(memory, system),
-        bandwidth_bytes_per_s=_cached(model),
+        usable_memory_bytes=None if memory is None else int(memory * _USABLE_SHARE_MACOS),
+        bandwidth_bytes_per_s=_known(facts["model"]),
+        vendor="apple" if silicon else "intel",
     )
 
 
@@ -67,8 +113,8 @@ def isa_of(arch: str, facts: Mapping[str, str]) -> tuple[str, ...]:
     if arch == "x86_64":
         have = set(facts.get("flags", "").lower().split())
         return tuple(name for name in _X86 if name in have)
-    linux = set(facts.get("features", "").split())
-    names = [ours for theirs, ours in _ARM.items() if theirs in linux]
+    told = set(facts.get("features", "").split())
+    names = [ours for theirs, ours in _ARM.items() if theirs in told]
     apple = [ours for theirs, ours in _APPLE.items() if facts.get(theirs) == "1"]
     return tuple(names or (["neon", *apple] if apple else []))
 
@@ -82,7 +128,7 @@ def measure_bandwidth(seconds: float = 0.5) -> Fact:
 
     import numpy as np
 
-    threads = _cores() or 1
+    threads = _threads() or 1
     parts = np.array_split(np.ones(_MEASURED_BYTES // 4, np.float32), threads)
     best, stop = float("inf"), time.perf_counter() + seconds
     with ThreadPoolExecutor(threads) as pool:
@@ -92,51 +138,53 @@ def measure_bandwidth(seconds: float = 0.5) -> Fact:
             best = min(best, time.perf_counter() - started)
     source = f"measured on this machine: {threads} threads read {_MEASURED_BYTES >> 20} MiB with numpy"
     fact = Fact(round(_MEASURED_BYTES / best), source, date.today().isoformat())
-    model = (_sysctl() if sys.platform == "darwin" else _cpuinfo()).get("model", "unknown CPU")
-    _store(model, fact)
+    _remember(_key(cpu_model()), {"value": fact.value, "source": fact.source, "date": fact.date})
     return fact
+
+
+def cpu_model() -> str:
+    """The name that this machine's processor gives itself."""
+    if sys.platform == "linux":
+        return linux.cpuinfo(_ROOT)["model"]
+    return _sysctl()["model"] if sys.platform == "darwin" else platform.processor() or "unknown CPU"
 
 
 def cache_file() -> Path:
     """Where measurements of this machine are kept."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "qhub" / "host.json"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "qhub" / "host.json"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "qhub" / "host.json"
+    return cache_path(_CACHE)
 
 
-def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
-    """The first processor's entries; enough, since a program may run on any core."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            text = file.read(65536)
-    except OSError:
-        return {"model": platform.processor() or "unknown CPU"}
-    facts: dict[str, str] = {}
-    for line in text.splitlines():
-        key, colon, value = line.partition(":")
-        if colon:
-            facts.setdefault(key.strip().lower(), value.strip())
-    facts["model"] = facts.get("model name") or _device_tree_model() or facts.get("hardware") or "unknown CPU"
-    return facts
+def _summary(model: str, arch: str) -> str:
+    return f"this machine: {model}, {platform.system()} {arch}"
 
 
-def _device_tree_model() -> str:
-    try:
-        return Path("/proc/device-tree/model").read_text(encoding="utf-8").strip("\0\n ")
-    except OSError:
-        return ""
+def _cores(root: Path) -> tuple[frozenset[int], frozenset[int], int | None]:
+    """The processors that this process may use, the fast ones of them, and how many cores those are within its quota."""
+    allowed = linux.cpus(root)
+    fast = linux.performance_cpus(root, allowed)
+    count, quota = linux.physical_cores(root, fast), linux.cpu_quota(root)
+    return allowed, fast, (count if quota is None else min(count, quota)) or None
+
+
+def _threads() -> int | None:
+    return _cores(_ROOT)[2] if sys.platform == "linux" else os.cpu_count()
+
+
+def _may_use_tiles() -> bool:
+    """Whether the kernel grants AMX's registers to a process that asks. Nothing is asked for here."""
+    import ctypes
+
+    supported = ctypes.c_uint64(0)
+    failed = ctypes.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_GET_XCOMP_SUPP, ctypes.byref(supported))
+    return not failed and supported.value & _TILES == _TILES
 
 
 def _sysctl() -> dict[str, str]:
-    text = _output(["sysctl", "machdep.cpu", "hw.memsize", "hw.optional"])
+    text = _output(["sysctl", "machdep.cpu", "hw.memsize", "hw.physicalcpu", "hw.optional"])
     facts = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
     names = {key.removeprefix("hw.optional.arm."): value for key, value in facts.items()}
     flags = " ".join(facts.get(f"machdep.cpu.{key}", "") for key in ("features", "leaf7_features"))
-    flags = flags.lower().replace("avx1.0", "avx")
-    model = facts.get("machdep.cpu.brand_string", "unknown CPU")
-    return {**names, "flags": flags, "model": model, "memory": facts.get("hw.memsize", "")}
+    return {**names, "flags": flags.lower().replace("avx1.0", "avx"), "model": facts.get("machdep.cpu.brand_string", "unknown CPU")}
 
 
 def _output(command: list[str]) -> str:
@@ -146,110 +194,32 @@ def _output(command: list[str]) -> str:
         return ""
 
 
-def _cores() -> int | None:
-    """Cores that this process may use, which is fewer than the machine has in a container."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = _cgroup_value("cpu.max", "cpu", "cpu.cfs_quota_us")
-    return count if quota is None or count is None else max(1, min(count, quota // 100_000))
-
-
-def _memory_bytes(facts: Mapping[str, str]) -> int | None:
-    if facts.get("memory", "").isdigit():
-        return int(facts["memory"])
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _usable_bytes(memory: int | None, system: str) -> int | None:
-    if memory is None:
-        return None
-    limit = _cgroup_value("memory.max", "memory", "memory.limit_in_bytes")
-    allowed = memory if limit is None else min(memory, limit)
-    return int(allowed * _USABLE_SHARE.get(system, 0.9))
-
-
-def _cgroup_value(v2_name: str, v1_controller: str, v1_name: str) -> int | None:
-    """The smallest limit on the way from this process's control group up to the root; None if there is none."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    values: list[int] = []
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            values += _limits(Path("/sys/fs/cgroup"), group, v2_name)
-        elif v1_controller in controllers.split(","):
-            values += _limits(Path("/sys/fs/cgroup") / v1_controller, group, v1_name)
-    return min(values, default=None)
-
-
-def _limits(root: Path, group: str, name: str) -> Iterable[int]:
-    folder = root / group.lstrip("/")
-    for level in (folder, *folder.parents):
-        if level == root.parent:
-            return
-        try:
-            text = (level / name).read_text(encoding="ascii").split()[0]
-        except (OSError, IndexError):
-            continue
-        if text.isdigit() and int(text) < 1 << 62:  # "max" and v1's huge number mean no limit
-            yield int(text)
-
-
-def _accelerators(system: str, arch: str) -> tuple[str, ...]:
-    if system == "macos":
-        return ("metal", "ane") if arch == "aarch64" else ("metal",)
-    if "Orin" in _device_tree_model():  # a Jetson has no nvidia-smi that tells
-        return ("cuda-8.7",)
-    return tuple(dict.fromkeys(f"cuda-{capability}" for capability in _cuda_capabilities()))
-
-
-def _cuda_capabilities() -> list[str]:
-    """Compute capability of each NVIDIA GPU. Asked once per driver: `nvidia-smi` can take a second."""
+def _cuda() -> tuple[str, ...]:
+    """The compute capability of each NVIDIA GPU. Asked once per driver: `nvidia-smi` can take a second."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return []
+        return ()
     version = Path("/proc/driver/nvidia/version")
     key = f"nvidia {version.read_text(encoding='utf-8').splitlines()[0]}" if version.is_file() else f"nvidia {tool}"
-    known = _read_cache().get(key)
-    if isinstance(known, list):
-        return [str(item) for item in known]
-    text = _output([tool, "--query-gpu=compute_cap", "--format=csv,noheader"])
-    found = re.findall(r"^\d+\.\d+$", text, re.MULTILINE)
-    if found:
-        _write_cache({key: found})
-    return found
+    found = read_cache(_CACHE).get(key)
+    if not isinstance(found, list):
+        text = _output([tool, "--query-gpu=compute_cap", "--format=csv,noheader"])
+        found = re.findall(r"^\d+\.\d+$", text, re.MULTILINE)
+        if found:
+            _remember(key, found)
+    return tuple(f"cuda-{capability}" for capability in found)
 
 
-def _cached(model: str) -> Fact | None:
-    entry = _read_cache().get(f"{model} x{_cores()}")
+def _key(model: str) -> str:
+    return f"{model} x{_threads()}"
+
+
+def _known(model: str) -> Fact | None:
+    entry = read_cache(_CACHE).get(_key(model))
     if not isinstance(entry, dict) or not isinstance(entry.get("value"), (int, float)):
         return None
     return Fact(float(entry["value"]), str(entry.get("source", "")), str(entry.get("date", "")))
 
 
-def _store(model: str, fact: Fact) -> None:
-    _write_cache({f"{model} x{_cores()}": {"value": fact.value, "source": fact.source, "date": fact.date}})
-
-
-def _read_cache() -> dict[str, Any]:
-    try:
-        data = json.loads(cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _write_cache(entries: Mapping[str, Any]) -> None:
-    """Keep `entries`; a cache that cannot be written is not worth an error."""
-    path = cache_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps({**_read_cache(), **entries}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        return
+def _remember(key: str, value: object) -> None:
+    write_cache(_CACHE, {**read_cache(_CACHE), key: value})

@@ -243,6 +243,7 @@ _GOALS: dict[str, _Reader] = {
     "max_latency_ms": _optional(_quantity),
     "max_memory_bytes": _optional(_count),
     "retrain": _switch,
+    "batch": _positive,
 }
 _RECIPE: dict[str, _Reader] = {
     "model": _text,

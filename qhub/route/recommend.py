@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qhub.errors import NoRouteError
 from qhub.plugins import Plugins
-from qhub.route.estimate import Speed, estimate, is_quantized, largest_fitting_parameters, unmet
-from qhub.route.flowchart import walk
+from qhub.route import describe
+from qhub.route.accuracy import expected_drop
+from qhub.route.answers import int8_family
+from qhub.route.describe import named as named
+from qhub.route.device import int8_of
+from qhub.route.estimate import estimate, unmet
+from qhub.route.flowchart import Walk, walk
+from qhub.route.left_out import absent, left_out
+from qhub.route.precision import default_scheme, family_of, levels, suits
 from qhub.route.registry import IndexEntry, Registry, load_registry
+from qhub.route.speed import Speed
 from qhub.route.ways import Method, Search, Way, ask, methods, not_importable, read_wanted, speed_of, ways
-from qhub.types import Family, Goals, ModelProfile, Recommendation, Rejected, Route, Scheme, Step, Target
-
-#: Up to this size a model loses much to large groups (OPT-1.3B: perplexity 31.9 per channel, 15.3 with groups of 32).
-SMALL_MODEL_PARAMETERS = 2e9
-SMALL_MODEL_GROUP = 32
-GROUP_SIZES = (128, 64, 32, 16)
-#: Below this drop 4 bits are a gamble, and 8 come first.
-TIGHT_DROP_PCT = 0.5
-#: What is tried when the first choice does not fit.
-FEWER_BITS = 3
+from qhub.types import Estimates, Family, Goals, ModelProfile, Recommendation, Rejected, Route, Scheme, Target
 
 
 @dataclass(frozen=True, slots=True)
-class _Walked:
-    """The chart's answer for one target."""
+class _Choice:
+    """A family of methods for one target: the chart's, or an alternative to it (`rank` > 0)."""
 
     target: Target
-    family: Family | None
-    path: tuple[Step, ...]
-    reasons: tuple[str, ...]
+    walk: Walk
+    family: Family
+    weight_bits: int | None = None
+    rank: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -64,13 +64,15 @@ def recommend(
     registry = registry or load_registry()
     search = Search(profile, goals, plugins, registry, read_wanted(wanted, plugins, registry), scheme)
     routes: list[Route] = []
-    rejected: list[Rejected] = []
+    refused: list[Rejected] = []
+    others: list[Rejected] = []
     for target in targets:
-        found = sorted(_routes(search, target, rejected), key=lambda ranked: ranked.key)
-        routes += [ranked.route for ranked in found]
+        found = [ranked.route for ranked in sorted(_routes(search, target, refused), key=lambda ranked: ranked.key)]
+        routes += found
+        others += [*absent(target, profile, registry, plugins), *(left_out(search.merged, goals, target, found) if found else ())]
     if not routes:
-        raise _no_route(search, targets, rejected)
-    return Recommendation(profile, goals, tuple(routes), tuple(rejected))
+        raise _no_route(search, targets, refused)
+    return Recommendation(profile, goals, tuple(routes), (*refused, *others))
 
 
 def _no_route(search: Search, targets: Sequence[Target], rejected: Sequence[Rejected]) -> NoRouteError:
@@ -84,55 +86,109 @@ def _no_route(search: Search, targets: Sequence[Target], rejected: Sequence[Reje
 
 
 def _routes(search: Search, target: Target, rejected: list[Rejected]) -> Iterator[_Ranked]:
-    walked = _Walked(target, *walk(search.profile, search.goals, target))
+    walked = walk(search.merged, search.goals, target)
     if walked.family is None:
-        rejected.append(Rejected(f"{target.name}: {walked.path[-1].answer}", walked.reasons[-2]))
+        rejected.append(Rejected(f"{target.name}: none", walked.reasons[-2]))
         return
-    found = methods(search.plugins, walked.family, search.wanted)
+    for choice in _choices(search, target, walked):
+        yield from _of_choice(search, choice, rejected)
+    if search.goals.retrain and not search.wanted.quantizers and search.scheme is None:
+        yield from _without_retraining(search, target, rejected)
+
+
+def _without_retraining(search: Search, target: Target, rejected: list[Rejected]) -> Iterator[_Ranked]:
+    """The other branch is still a way to go, and the only one where nothing installed trains."""
+    served = bool(methods(search.plugins, "qat", search.wanted))
+    warning = (
+        "this is the branch without retraining" if served else "no installed plugin serves `qat`: this is the branch without retraining"
+    )
+    without = replace(search, goals=replace(search.goals, retrain=False))
+    for choice in _choices(without, target, walk(search.merged, without.goals, target)):
+        yield from _of_choice(without, replace(choice, rank=choice.rank + 1, warnings=(warning, *choice.warnings)), rejected)
+
+
+def _choices(search: Search, target: Target, walked: Walk) -> Iterator[_Choice]:
+    """The chart's family, then what comes close to it: another precision for the same device."""
+    family = walked.family
+    assert family is not None
+    if search.wanted.quantizers:
+        offered = methods(search.plugins, family, search.wanted)[0]
+        yield _asked(target, walked, offered.quantizers[-1].family, f"`{offered.name}`")
+    elif search.scheme is not None:
+        yield _asked(target, walked, family if suits(search.scheme, family) else family_of(search.scheme), f"scheme `{search.scheme}`")
+    else:
+        yield _Choice(target, walked, family, walked.leaf.weight_bits)
+        for other, bits in _alternatives(search.merged, target, family):
+            yield _Choice(target, walked, other, bits, rank=1, warnings=(f"the chart leads to `{family}`: this is the alternative",))
+
+
+def _asked(target: Target, walked: Walk, family: Family, who: str) -> _Choice:
+    warnings = () if family == walked.family else (f"the chart leads to `{walked.family}`; {who} was asked for",)
+    return _Choice(target, walked, family, walked.leaf.weight_bits, warnings=warnings)
+
+
+def _alternatives(profile: ModelProfile, target: Target, family: Family) -> Iterator[tuple[Family, int | None]]:
+    if family in ("static", "dynamic") and profile.task != "llm" and int8_of(target)[0] != "only":
+        yield "float16", None
+    elif family == "float16" and profile.task == "llm":
+        yield "weight-only", 8
+    elif family == "float16" and profile.task != "unknown":
+        yield int8_family(profile, target), None
+    elif family == "dynamic" and profile.task == "llm":
+        yield "weight-only", 4
+
+
+def _of_choice(search: Search, choice: _Choice, rejected: list[Rejected]) -> Iterator[_Ranked]:
+    found = methods(search.plugins, choice.family, search.wanted)
     if not found:
-        yield from _planned(search, walked)
-        if search.goals.retrain:
-            yield from _without_retraining(search, walked, rejected)
+        yield from _planned(search, choice)
         return
-    family = found[0].quantizers[-1].family
-    if family != walked.family:
-        warning = f"the chart leads to `{walked.family}`; `{found[0].name}` was asked for"
-        walked = replace(walked, family=family, warnings=(warning,))
-    open_ways, closed = ways(search, target)
-    rejected += closed
+    open_ways, closed = ways(search, choice.target)
+    rejected += [item for item in closed if item not in rejected]
     for place, method in enumerate(found):
         for way in open_ways:
-            yield from _candidate(search, walked, (method, place), way, rejected)
+            yield from _candidate(search, choice, (method, place), way, rejected)
 
 
-def _without_retraining(search: Search, walked: _Walked, rejected: list[Rejected]) -> Iterator[_Ranked]:
-    """Where retraining is possible but nothing installed does it, the other branch is still a way to go."""
-    warning = f"no installed plugin serves `{walked.family}`: this is the branch without retraining"
-    without = replace(search, goals=replace(search.goals, retrain=False))
-    for ranked in _routes(without, walked.target, rejected):
-        yield replace(ranked, route=replace(ranked.route, warnings=(warning, *ranked.route.warnings)))
-
-
-def _candidate(search: Search, walked: _Walked, ranked: tuple[Method, int], way: Way, rejected: list[Rejected]) -> Iterator[_Ranked]:
+def _candidate(search: Search, choice: _Choice, ranked: tuple[Method, int], way: Way, rejected: list[Rejected]) -> Iterator[_Ranked]:
     """The best scheme that method and exporter take and that fits; the smallest if none fits."""
     method, place = ranked
-    name = f"{walked.target.name}: {method.name} → {way.name}"
-    last: tuple[int, Scheme] | None = None
-    for step, level in enumerate(_levels(search, method)):
+    name = f"{choice.target.name}: {method.name} → {way.name}"
+    best: tuple[int, Scheme] | None = None
+    for step, level in enumerate(_levels(search, choice, method.quantizers[0].default_scheme)):
         scheme, why = _accepted(search, method, way, level)
         if scheme is None:
             rejected.append(Rejected(name, why))
             continue
-        broken = unmet(estimate(search.profile, scheme, walked.target, speed_of(way, walked.target)), walked.target, search.goals)
-        if last is not None:
-            rejected.append(Rejected(f"{name} ({last[1]})", "a smaller scheme fits" if not broken else "does not fit"))
-        last = (step, scheme)
+        expected = _expect(search, choice, scheme, speed_of(way, choice.target), uses_data=method.uses_data)
+        broken = unmet(expected, choice.target, search.goals)
+        if best is not None:
+            rejected.append(Rejected(f"{name} ({best[1]})", "a smaller scheme fits" if not broken else "does not fit"))
+        best = (step, scheme)
         if not broken:
             break
-    if last is not None:
-        route = _route(search, walked, method, way, last[1])
-        key = (not route.fits, bool(not_importable(method)), not way.finished, place, last[0])
-        yield _Ranked(tuple(map(int, key)), route)
+    if best is not None:
+        route = _route(search, choice, method, way, best[1])
+        lacks = bool(not_importable(method))
+        yield _Ranked(_key(search, choice, route, (lacks, False, not way.finished, place, best[0])), route)
+
+
+def _key(search: Search, choice: _Choice, route: Route, state: tuple[int, ...]) -> tuple[int, ...]:
+    """What fits comes first, then what is installed, then what is expected to keep the accuracy, then the chart's order.
+
+    `state`: (lacks something, is planned, does not finish, place of the method, step of the scheme).
+    """
+    lacks, planned, unfinished, place, step = state
+    drop = route.estimates.accuracy_drop_pct
+    misses = drop is None or drop > search.goals.max_drop_pct
+    return tuple(map(int, (not route.fits, lacks, misses, choice.rank, planned, unfinished, place, step)))
+
+
+def _levels(search: Search, choice: _Choice, default: str) -> Iterator[Sequence[Scheme]]:
+    if search.scheme is not None:
+        return iter([(search.scheme,)])
+    scheme = default_scheme(default, choice.family, choice.target)
+    return levels(search.merged, choice.target, scheme, choice.weight_bits)
 
 
 def _accepted(search: Search, method: Method, way: Way, level: Sequence[Scheme]) -> tuple[Scheme | None, str]:
@@ -148,145 +204,84 @@ def _accepted(search: Search, method: Method, way: Way, level: Sequence[Scheme])
     return None, first_reason
 
 
-def _levels(search: Search, method: Method) -> Iterator[Sequence[Scheme]]:
-    """Schemes to try: each level is one number of bits with the group sizes that suit the model, best first."""
-    if search.scheme is not None:
-        yield (search.scheme,)
-        return
-    default = Scheme.parse(method.quantizers[0].default_scheme)
-    if not default.is_weight_only:
-        yield (default,)
-        return
-    if search.goals.max_drop_pct < TIGHT_DROP_PCT and default.weight_bits < 8:
-        yield (Scheme(8),)
-    yield _grouped(search.profile, default)
-    if default.weight_bits > FEWER_BITS:
-        yield _grouped(search.profile, replace(default, weight_bits=FEWER_BITS))
+def _expect(search: Search, choice: _Choice, scheme: Scheme, speed: Speed, *, uses_data: bool) -> Estimates:
+    expected = estimate(search.merged, scheme, choice.target, speed)
+    drop = expected_drop(search.merged, scheme, choice.family, uses_data=uses_data)
+    loss = "unknown" if drop.pct is None else f"about {drop.pct:g} %"
+    basis = f"{expected.basis}; accuracy: {loss}, expected from others' results ({drop.basis}); a run measures it"
+    return replace(expected, accuracy_drop_pct=drop.pct, basis=basis)
 
 
-def _grouped(profile: ModelProfile, default: Scheme) -> tuple[Scheme, ...]:
-    if default.group_size is None:
-        return (default,)
-    start = min(default.group_size, SMALL_MODEL_GROUP) if profile.parameters <= SMALL_MODEL_PARAMETERS else default.group_size
-    schemes = [replace(default, group_size=size) for size in GROUP_SIZES if size <= start]
-    schemes.sort(key=lambda scheme: -_divided_share(profile, scheme))  # stable: of equals, the largest group stays first
-    symmetric = [] if default.symmetric else [replace(scheme, symmetric=True) for scheme in schemes]
-    return (*schemes, *symmetric, Scheme(default.weight_bits))
-
-
-def _suited(profile: ModelProfile, default: Scheme) -> Scheme:
-    return _grouped(profile, default)[0] if default.is_weight_only else default
-
-
-def _divided_share(profile: ModelProfile, scheme: Scheme) -> float:
-    """Share of the parameters in blocks whose K the group size divides."""
-    linears = profile.linears()
-    total = sum(layer.shape[0] * layer.shape[-1] for layer in linears)
-    return sum(layer.shape[0] * layer.shape[-1] for layer in linears if is_quantized(layer, scheme)) / max(total, 1)
-
-
-def _route(search: Search, walked: _Walked, method: Method, way: Way, scheme: Scheme) -> Route:
-    profile, target = search.profile, walked.target
-    expected = estimate(profile, scheme, target, speed_of(way, target))
+def _route(search: Search, choice: _Choice, method: Method, way: Way, scheme: Scheme) -> Route:
+    target = choice.target
+    expected = _expect(search, choice, scheme, speed_of(way, target), uses_data=method.uses_data)
     broken = unmet(expected, target, search.goals)
-    needs = (*not_importable(method), *way.missing)
     return Route(
         target=target.name,
         method=method.name,
-        family=method.quantizers[-1].family,
+        family=choice.family,
         scheme=str(scheme),
         quantizer=method.quantizers[-1].name,
         exporter=way.exporter.name if way.exporter else None,
         runtime=way.runtime.name if way.runtime else None,
-        path=walked.path,
-        reasons=(*walked.reasons, *_reasons(search, method, scheme)),
+        path=choice.walk.path,
+        reasons=(*choice.walk.reasons, *describe.reasons(search, method, scheme)),
         warnings=(
-            *walked.warnings,
-            *_left_float(profile, scheme),
-            *(_ends_early(search, target) if not way.finished else ()),
-            *_does_not_fit(profile, scheme, target, broken),
+            *choice.warnings,
+            *describe.warnings(search, target, scheme, expected),
+            *(describe.ends_early(search, target) if not way.finished else ()),
+            *describe.does_not_fit(search.merged, scheme, target, broken),
         ),
-        missing=tuple(dict.fromkeys(needs)),
+        missing=tuple(dict.fromkeys((*not_importable(method), *way.missing))),
         fits=not broken,
         estimates=expected,
     )
 
 
-def _reasons(search: Search, method: Method, scheme: Scheme) -> Iterator[str]:
-    if search.wanted.quantizers:
-        yield f"`{method.name}` was asked for"
-    elif method.uses_data:
-        yield f"`{method.name}` uses calibration text, which keeps more accuracy than rounding alone"
-    else:
-        yield f"`{method.name}` needs no data"
-    if search.scheme is not None:
-        yield f"scheme `{scheme}` was asked for"
-    elif scheme.weight_bits == 8 and search.goals.max_drop_pct < TIGHT_DROP_PCT:
-        yield f"a drop of at most {search.goals.max_drop_pct:g} % is tight: 8 bits come first"
-    elif scheme.group_size is not None and scheme.group_size <= SMALL_MODEL_GROUP and search.profile.parameters <= SMALL_MODEL_PARAMETERS:
-        yield f"groups of {scheme.group_size}: models up to 2 B parameters lose much to larger groups"
-
-
-def _left_float(profile: ModelProfile, scheme: Scheme) -> Iterator[str]:
-    if not scheme.is_weight_only:
-        return
-    left = [layer for layer in profile.linears() if not is_quantized(layer, scheme)]
-    if left:
-        widths = ", ".join(str(width) for width in sorted({layer.shape[-1] for layer in left}))
-        yield f"groups of {scheme.group_size} do not divide K = {widths} of {len(left)} layers such as `{left[0].name}`: they stay float"
-
-
-def _ends_early(search: Search, target: Target) -> Iterator[str]:
-    finishers = search.registry.finishers(target, search.profile.task)
-    who = named(finishers) if finishers else "no known plugin"
-    yield f"nothing installed runs this on `{target.name}`: the run ends with the QuantizedModel; {who} would finish it"
-
-
-def named(entries: Sequence[IndexEntry]) -> str:
-    """The distributions that can be installed, and those that cannot yet."""
-    there = " or ".join(f"`{entry.distribution}`" for entry in entries if not entry.is_planned)
-    planned = " or ".join(f"`{entry.distribution}`" for entry in entries if entry.is_planned)
-    return " or ".join([*([there] if there else []), *([f"{planned} (planned, not published yet)"] if planned else [])])
-
-
-def _does_not_fit(profile: ModelProfile, scheme: Scheme, target: Target, broken: Iterable[str]) -> Iterator[str]:
-    for text in broken:
-        yield f"does not fit: {text}"
-        largest = largest_fitting_parameters(profile, scheme, target)
-        if "the memory of" in text and largest is not None:
-            yield f"at `{scheme}` a model of up to about {largest / 1e9:.2g} B parameters fits `{target.name}`"
-
-
-def _planned(search: Search, walked: _Walked) -> Iterator[_Ranked]:
+def _planned(search: Search, choice: _Choice) -> Iterator[_Ranked]:
     """Routes with a method that is not installed: they say what to install."""
     for place, entry in enumerate(search.registry.index.values()):
-        if walked.family not in entry.families or entry.status == "archived":
+        if choice.family not in entry.families or not entry.is_offered:
             continue
-        if entry.finishes and not entry.finishes_target(walked.target, search.profile.task):
+        if entry.finishes and not entry.finishes_target(choice.target, search.profile.task):
             continue
-        route = _planned_route(search, walked, entry, walked.family)
-        yield _Ranked((int(not route.fits), 1, int(entry.is_planned), place, 0), route)
+        route = _planned_route(search, choice, entry)
+        yield _Ranked(_key(search, choice, route, (True, entry.is_planned, True, place, 0)), route)
 
 
-def _planned_route(search: Search, walked: _Walked, entry: IndexEntry, family: Family) -> Route:
-    target = walked.target
-    scheme = search.scheme or _suited(search.profile, Scheme.parse(entry.scheme_for(family)))
-    expected = estimate(search.profile, scheme, target, Speed())
-    broken = unmet(expected, target, search.goals)
-    absent = f"no installed plugin serves `{family}`: {named([entry])} would"
+def _planned_route(search: Search, choice: _Choice, entry: IndexEntry) -> Route:
+    target = choice.target
+    scheme, expected, broken = _first_fitting(search, choice, entry.scheme_for(choice.family))
+    absent_text = f"no installed plugin serves `{choice.family}`: {named([entry])} would"
     finishers = search.registry.finishers(target, search.profile.task)
     return Route(
         target=target.name,
         method=entry.name,
-        family=family,
+        family=choice.family,
         scheme=str(scheme),
         quantizer=entry.name,
         exporter=None,
         runtime=None,
-        path=walked.path,
-        reasons=walked.reasons,
-        warnings=(absent, *_ends_early(search, target), *_does_not_fit(search.profile, scheme, target, broken)),
-        missing=(entry.distribution, *(finisher.distribution for finisher in finishers)),
+        path=choice.walk.path,
+        reasons=(*choice.walk.reasons, *describe.scheme_reasons(search, scheme)),
+        warnings=(
+            *choice.warnings,
+            absent_text,
+            *describe.warnings(search, target, scheme, expected),
+            *describe.ends_early(search, target),
+            *describe.does_not_fit(search.merged, scheme, target, broken),
+        ),
+        missing=tuple(dict.fromkeys((entry.distribution, *(finisher.distribution for finisher in finishers)))),
         fits=not broken,
         estimates=expected,
     )
+
+
+def _first_fitting(search: Search, choice: _Choice, default: str) -> tuple[Scheme, Estimates, tuple[str, ...]]:
+    """The first of the schemes that fits, else the last."""
+    for level in _levels(search, choice, default):
+        expected = _expect(search, choice, level[0], Speed(), uses_data=True)
+        broken = unmet(expected, choice.target, search.goals)
+        if not broken:
+            break
+    return level[0], expected, broken

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from qhub.errors import PluginError, UsageError
 from qhub.interfaces import Component, Exporter, Quantizer, Runtime
 from qhub.plugins import Plugins, missing_modules, suggest
-from qhub.route.estimate import Speed
+from qhub.route.estimate import merged
 from qhub.route.registry import HOST, Registry
+from qhub.route.speed import Speed
 from qhub.types import Family, Goals, ModelProfile, Rejected, Scheme, Target
 
 
@@ -23,7 +25,7 @@ class Wanted:
     runtimes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Search:
     """What routes are looked for: for which model, under which goals, among whom."""
 
@@ -33,6 +35,11 @@ class Search:
     registry: Registry
     wanted: Wanted = field(default_factory=Wanted)
     scheme: Scheme | None = None  # forced by the user
+
+    @cached_property
+    def merged(self) -> ModelProfile:
+        """The profile that arithmetic is done on; `profile` has every layer by its name."""
+        return merged(self.profile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +162,22 @@ def ways(search: Search, target: Target) -> tuple[list[Way], list[Rejected]]:
     for exporter in search.plugins.exporters.values():
         if not search.wanted.exporters or exporter.name in search.wanted.exporters:
             found += _ways_of(exporter, search, target, rejected)
+    finishers = search.registry.finishers(target, search.profile.task)
     finished = [way for way in found if way.finished]
     if finished or search.wanted.runtimes:
-        return finished, rejected
+        best = [entry.name for entry in finishers]
+        return sorted(finished, key=lambda way: _place(way.runtime, best)), rejected
     order = list(search.registry.index)
     found.sort(key=lambda way: order.index(way.name) if way.name in order else len(order))
     exporter_only = found[0].exporter if found else None
-    missing = [entry.distribution for entry in search.registry.finishers(target, search.profile.task)]
+    missing = [entry.distribution for entry in finishers]
     needs = _not_importable(exporter_only) if exporter_only else ()
     return [Way(exporter_only, missing=(*needs, *(name for name in missing if name not in needs)))], rejected
+
+
+def _place(runtime: Runtime | None, best: Sequence[str]) -> int:
+    """The place of an engine among what people use on the device; one that the registry does not know comes last."""
+    return best.index(runtime.name) if runtime is not None and runtime.name in best else len(best)
 
 
 def _ways_of(exporter: Exporter, search: Search, target: Target, rejected: list[Rejected]) -> list[Way]:
