@@ -160,6 +160,8 @@ class ModelProfile:
     quantization: str | None = None  # the method that already quantized it
     experts: int | None = None
     experts_per_token: int | None = None
+    format: str = "safetensors"  # or "config" (no weights), "hub", "onnx", "pt2", "gguf", "tflite"
+    complete: bool = True  # False: what the weights are does not follow from the files; parameters, layers or bytes are then 0 or empty
 
     def linears(self) -> tuple[LayerShape, ...]:
         """The matrices inside the blocks: what a weight quantizer works on."""
