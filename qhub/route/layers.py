@@ -116,7 +116,7 @@ def _is_norm(parts: set[str]) -> bool:
 
 def _expert_counts(config: Mapping[str, Any]) -> set[Any]:
     """Rows that a router can have: one per expert, or one for the shared expert."""
-    return {config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")} - {None} | {1}
+    return {whole(config.get(key)) for key in ("num_local_experts", "num_experts", "n_routed_experts")} - {None} | {1}
 
 
 def _stored_transposed(tensors: Mapping[str, TensorInfo]) -> bool:

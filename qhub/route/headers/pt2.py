@@ -39,7 +39,7 @@ def profile_pt2(path: Path) -> ModelProfile:
     program, weight_bytes = _read(path)
     tensors = _tensors(path, program)
     layers = layer_shapes(tensors, {})
-    architecture = _architecture(program)
+    architecture = _architecture(_nodes(path, program))
     return ModelProfile(
         source=path.name,
         path=str(path),
@@ -129,9 +129,9 @@ def _targets(path: Path, program: Mapping[str, Any]) -> set[str]:
     return {str(node.get("target")) for node in _nodes(path, program)}
 
 
-def _architecture(program: Mapping[str, Any]) -> str:
+def _architecture(nodes: list[Mapping[str, Any]]) -> str:
     """The class that was exported, from where the first operator that says so came."""
-    for node in program["graph_module"]["graph"]["nodes"]:
+    for node in nodes:
         metadata = node.get("metadata")
         stack = metadata.get("nn_module_stack") if isinstance(metadata, dict) else None
         if isinstance(stack, str) and stack:
