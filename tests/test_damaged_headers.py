@@ -32,12 +32,11 @@ def valid(request, tmp_path):
 
 
 def outcome(path):
-    """"profile", or the message of our error; anything else fails the test."""
+    """ "profile", or the message of our error; anything else fails the test."""
     try:
         found = profile(str(path), PLUGINS)
     except QhubError as error:
-        assert error.hint
-        return error.message
+        return error.message if error.hint else "an error without a hint"
     assert found.parameters >= 0
     assert found.weight_bytes >= 0
     json.dumps(found.source)
@@ -154,7 +153,9 @@ def test_a_pt2_whose_program_is_a_bomb_is_not_unpacked(tmp_path):
     assert time.perf_counter() - started < SECONDS
 
 
-@pytest.mark.parametrize("program", ["", "{", "[]", "{}", "[" * 100_000, '{"graph_module": 1}', '{"graph_module": {"graph": []}}'], ids=lambda text: text[:30])
+@pytest.mark.parametrize(
+    "program", ["", "{", "[]", "{}", "[" * 100_000, '{"graph_module": 1}', '{"graph_module": {"graph": []}}'], ids=lambda text: text[:30]
+)
 def test_a_pt2_whose_program_is_none(tmp_path, program):
     assert "is not a valid PT2 file" in outcome(made.pt2(tmp_path / "m.pt2", program))
 
@@ -203,7 +204,8 @@ def test_configs_with_odd_values_never_surprise(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("num_hidden_layers", 1 << 40), ("num_hidden_layers", 10**6), ("hidden_size", 1 << 60), ("vocab_size", -1), ("hidden_size", "big")]
+    ("key", "value"),
+    [("num_hidden_layers", 1 << 40), ("num_hidden_layers", 10**6), ("hidden_size", 1 << 60), ("vocab_size", -1), ("hidden_size", "big")],
 )
 def test_a_config_of_a_model_that_cannot_be_is_refused(tmp_path, key, value):
     config = json.loads((CONFIGS / "llama-3-8b" / "config.json").read_text(encoding="utf-8"))

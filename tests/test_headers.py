@@ -77,7 +77,11 @@ def test_a_gguf_with_another_number_of_heads_in_each_block_and_wide_heads(tmp_pa
 
 def test_a_gguf_of_experts(tmp_path):
     metadata = {"general.architecture": (STRING, "x"), "x.expert_count": (U32, 4), "x.expert_used_count": (U32, 2)}
-    tensors = {"blk.0.ffn_up_exps.weight": (made.Q8_0, (32, 64, 4)), "blk.0.ffn_gate_inp.weight": (made.F32, (32, 4)), "output.weight": (1, (32, 8))}
+    tensors = {
+        "blk.0.ffn_up_exps.weight": (made.Q8_0, (32, 64, 4)),
+        "blk.0.ffn_gate_inp.weight": (made.F32, (32, 4)),
+        "output.weight": (1, (32, 8)),
+    }
     found = look(made.gguf(tmp_path / "m.gguf", metadata, tensors))
     assert (found.experts, found.experts_per_token) == (4, 2)
     assert [(layer.kind, layer.shape) for layer in found.layers] == [("expert", (4, 64, 32)), ("other", (4, 32)), ("head", (8, 32))]
@@ -242,7 +246,9 @@ def test_a_file_of_another_kind_names_those_that_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gguf", "onnx", "tflite", "pt2"])
-@pytest.mark.parametrize("content", [b"", b"x", b"<html>not found</html>" * 9, bytes(200), b"\xff" * 200], ids=["empty", "short", "a page", "zeros", "ones"])
+@pytest.mark.parametrize(
+    "content", [b"", b"x", b"<html>not found</html>" * 9, bytes(200), b"\xff" * 200], ids=["empty", "short", "a page", "zeros", "ones"]
+)
 def test_a_file_that_is_something_else_is_named(tmp_path, suffix, content):
     path = tmp_path / f"m.{suffix}"
     path.write_bytes(content)
@@ -282,7 +288,7 @@ def test_real_tflite_models(name, parameters, quantization, task):
 def test_a_program_without_what_is_needed_says_what_is_missing(tmp_path):
     program = made.pt2_program({"a.weight": (2, 2)}, {"x": (1, 4)})
     del program["graph_module"]["graph"]["tensor_values"]
-    with pytest.raises(DamagedModelError, match="has no `graph_module.graph.tensor_values`"):
+    with pytest.raises(DamagedModelError, match=r"has no `graph_module\.graph\.tensor_values`"):
         look(made.pt2(tmp_path / "m.pt2", program))
     with zipfile.ZipFile(tmp_path / "n.pt2", "w") as archive:
         archive.writestr("net/version", "1")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from qhub.errors import DamagedModelError
 from qhub.route.profile import architecture_of
 from qhub.route.shapes import tensors_of
 

@@ -17,8 +17,15 @@ _ALIASES = {
     "blocks": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
-    "context": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length",
-                "max_target_positions"),
+    "context": (
+        "max_position_embeddings",
+        "n_positions",
+        "n_ctx",
+        "max_seq_len",
+        "max_sequence_length",
+        "seq_length",
+        "max_target_positions",
+    ),
 }
 #: (task, what its architectures contain; "^…" begin with; "…$" end with); the first that matches decides.
 _TASKS: tuple[tuple[Task, tuple[str, ...]], ...] = (

@@ -27,7 +27,15 @@ _TIMEOUT_S = 15
 #: What one request may bring: the start of a safetensors file holds most headers.
 _START_BYTES, _MAX_BYTES = 1 << 17, 100_000_000
 #: Files that say what a model is by being there.
-_TELLING = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "modules.json", "config_sentence_transformers.json")
+_TELLING = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "modules.json",
+    "config_sentence_transformers.json",
+)
 _MODEL_FILES = (".gguf", ".onnx", ".tflite", ".pt2")
 _DIFFUSERS = "diffusion_pytorch_model.safetensors"
 

@@ -118,9 +118,7 @@ def of_config(model: ModelSource, config: Mapping[str, Any]) -> ModelProfile:
     return assemble(model, config, tensors_of(text_config(config), architecture_of(config), model.path), "config")
 
 
-def assemble(
-    model: ModelSource, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None, file_format: str
-) -> ModelProfile:
+def assemble(model: ModelSource, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None, file_format: str) -> ModelProfile:
     """The profile of a model whose config and tensors are known; `tensors` None: only the config is, and does not say them."""
     text = text_config(config)
     layers = layer_shapes(tensors or {}, {**text, "quantization_config": config.get("quantization_config")})

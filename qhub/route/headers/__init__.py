@@ -29,5 +29,7 @@ def profile_file(path: Path) -> ModelProfile:
         from qhub.route.headers.pt2 import profile_pt2 as read
     else:
         known = ", ".join(f"`{name}`" for name in SUFFIXES)
-        raise UsageError(f"`{path}` is a file; a model is a folder with config.json, or a file of {known}", hint=f"give its folder: `{path.parent}`")
+        raise UsageError(
+            f"`{path}` is a file; a model is a folder with config.json, or a file of {known}", hint=f"give its folder: `{path.parent}`"
+        )
     return read(path)

@@ -16,7 +16,8 @@ from qhub.types import LayerShape, ModelProfile, Task
 
 #: Operator → {input: what it holds}; "(K, N)" marks matrices that are stored turned.
 _READS: Mapping[str, Mapping[int, str]] = {
-    "Conv": {1: "conv", 2: "other"}, "ConvTranspose": {1: "conv", 2: "other"}, "ConvInteger": {1: "conv"}, "QLinearConv": {3: "conv", 8: "other"},
+    "Conv": {1: "conv", 2: "other"}, "ConvTranspose": {1: "conv", 2: "other"},
+    "ConvInteger": {1: "conv"}, "QLinearConv": {3: "conv", 8: "other"},
     "CONV_2D": {1: "conv", 2: "other"}, "DEPTHWISE_CONV_2D": {1: "conv", 2: "other"}, "TRANSPOSE_CONV": {1: "conv", 3: "other"},
     "CONV_3D": {1: "conv", 2: "other"},
     "MatMul": {0: "(K, N)", 1: "(K, N)"}, "MatMulInteger": {1: "(K, N)"}, "QLinearMatMul": {3: "(K, N)"}, "Gemm": {1: "(K, N)", 2: "other"},
@@ -31,8 +32,8 @@ _READS: Mapping[str, Mapping[int, str]] = {
 _PASS = {"DequantizeLinear", "QuantizeLinear", "Cast", "Identity", "Transpose", "DEQUANTIZE", "QUANTIZE"}
 _SCALES: Mapping[str, tuple[int, ...]] = {
     "DequantizeLinear": (1, 2), "QuantizeLinear": (1, 2), "QLinearConv": (1, 2, 4, 5, 6, 7), "QLinearMatMul": (1, 2, 4, 5, 6, 7),
-    "QGemm": (1, 2, 4, 5, 7, 8), "QGemm transB": (1, 2, 4, 5, 7, 8), "MatMulNBits": (2, 3, 4), "MatMulInteger": (2, 3), "ConvInteger": (2, 3),
-    "GatherBlockQuantized": (2, 3), "BatchNormalization": (3, 4),
+    "QGemm": (1, 2, 4, 5, 7, 8), "QGemm transB": (1, 2, 4, 5, 7, 8), "MatMulNBits": (2, 3, 4), "MatMulInteger": (2, 3),
+    "ConvInteger": (2, 3), "GatherBlockQuantized": (2, 3), "BatchNormalization": (3, 4),
 }  # fmt: skip
 _INTEGERS = ("int64", "int32", "bool", "string", "uint64", "uint32")
 _PICTURE_CHANNELS = 3

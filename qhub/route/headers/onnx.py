@@ -39,7 +39,7 @@ class _Parts:
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """A field of a message: a number, or bytes from `start` to `end`."""
+    """A field of a message: a number (`start` and `end` are then -1), or bytes from `start` to `end`."""
 
     number: int
     value: int
@@ -85,8 +85,9 @@ def _fields(reader: Reader, start: int, end: int) -> Iterator[_Field]:
         if number == 0:
             raise reader.broken(f"a field at byte `{position}` has number 0")
         if wire == _VARINT:
-            yield _Field(number, _varint(reader, end), reader.position, reader.position)
-            position = _after(reader)
+            value = _varint(reader, end)
+            position = reader.position
+            yield _Field(number, value, -1, -1)
             continue
         size = {_FIXED64: 8, _FIXED32: 4}.get(wire)
         if size is None:
@@ -98,10 +99,6 @@ def _fields(reader: Reader, start: int, end: int) -> Iterator[_Field]:
             raise reader.broken(f"a field at byte `{position}` claims `{size}` bytes where `{end - begin}` are left (truncated?)")
         position = begin + size
         yield _Field(number, 0, begin, position)
-
-
-def _after(reader: Reader) -> int:
-    return reader.position
 
 
 def _varint(reader: Reader, end: int) -> int:
@@ -226,9 +223,9 @@ def _tensor(reader: Reader, tensor: _Field) -> Stored:
 
 def _integers(reader: Reader, item: _Field) -> list[int]:
     """A repeated integer: one by one, or packed into one field."""
-    if item.end == item.start:
+    if item.start < 0:
         return [item.value]
-    found = []
+    found: list[int] = []
     reader.seek(item.start)
     while reader.position < item.end and len(found) <= _MAX_RANK:
         found.append(_varint(reader, item.end))
@@ -263,4 +260,6 @@ def _check_external(reader: Reader, name: str, external: Mapping[str, str], size
     if not file.is_file():
         raise QhubError(f"`{file}` does not exist, which holds weights of `{reader.path.name}`", hint="download the missing file")
     if length != size_bytes or offset < 0 or offset + length > file.stat().st_size:
-        raise reader.broken(f"tensor `{name[:60]}` needs {size_bytes} bytes at `{offset}` of `{location}`, which are not there (truncated?)")
+        raise reader.broken(
+            f"tensor `{name[:60]}` needs {size_bytes} bytes at `{offset}` of `{location}`, which are not there (truncated?)"
+        )

@@ -26,9 +26,32 @@ _PROGRAM = re.compile(r"(?:[^/]+/)?(?:models/[^/]+\.json|serialized_exported_pro
 _WEIGHTS = re.compile(r"(?:[^/]+/)?(?:data/(?:weights|constants)/(?!.*\.json$).*|serialized_(?:state_dict|constants)\.(?:pt|json))")
 _MAX_JSON_BYTES = 1 << 28
 #: ScalarType of torch's schema → safetensors' name of the same format.
-_DTYPES = {1: "U8", 2: "I8", 3: "I16", 4: "I32", 5: "I64", 6: "F16", 7: "F32", 8: "F64", 12: "BOOL", 13: "BF16", 29: "F8_E4M3", 30: "F8_E5M2"}
+_DTYPES = {
+    1: "U8",
+    2: "I8",
+    3: "I16",
+    4: "I32",
+    5: "I64",
+    6: "F16",
+    7: "F32",
+    8: "F64",
+    12: "BOOL",
+    13: "BF16",
+    29: "F8_E4M3",
+    30: "F8_E5M2",
+}
 _QUANTIZED = ("quantized_decomposed", "torchao", "quantized.")
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, RuntimeError, NotImplementedError, EOFError, OverflowError, KeyError)
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    EOFError,
+    OverflowError,
+    KeyError,
+)
 
 
 def profile_pt2(path: Path) -> ModelProfile:

@@ -117,11 +117,15 @@ def gpt2(config: Config) -> Shapes:
     for index in config.blocks("n_layer"):
         block = f"{model}h.{index}"
         yield from norms(block, ("ln_1", "ln_2"), hidden)
-        for name, rows, columns in (
-            ("attn.c_attn", hidden, 3 * hidden), ("attn.c_proj", hidden, hidden), ("mlp.c_fc", hidden, inner), ("mlp.c_proj", inner, hidden),
-        ):  # fmt: skip
-            yield f"{block}.{name}.weight", (rows, columns)
-            yield f"{block}.{name}.bias", (columns,)
+        sizes = {
+            "attn.c_attn": (hidden, 3 * hidden),
+            "attn.c_proj": (hidden, hidden),
+            "mlp.c_fc": (hidden, inner),
+            "mlp.c_proj": (inner, hidden),
+        }
+        for name, shape in sizes.items():
+            yield f"{block}.{name}.weight", shape
+            yield f"{block}.{name}.bias", shape[1:]
     yield from norm(f"{model}ln_f", hidden)
     yield from _head(config, head, ("lm_head", hidden), tied=True)
 

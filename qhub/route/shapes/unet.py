@@ -69,7 +69,9 @@ def _levels(config: Config) -> list[_Level]:
     up = config.values.get("up_block_types")
     if not channels or not isinstance(down, list) or not isinstance(up, list) or not len(channels) == len(down) == len(up):
         raise NotDerivable("block_out_channels")
-    if any(not isinstance(kind, str) or kind not in _PLAIN for kind in (*down, *up)) or [_PLAIN[kind] for kind in down] != [_PLAIN[kind] for kind in reversed(up)]:
+    if any(not isinstance(kind, str) or kind not in _PLAIN for kind in (*down, *up)) or [_PLAIN[kind] for kind in down] != [
+        _PLAIN[kind] for kind in reversed(up)
+    ]:
         raise NotDerivable("down_block_types")
     count = len(channels)
     depths, layers = _each(config, "transformer_layers_per_block", 1, count), _each(config, "layers_per_block", 2, count)
