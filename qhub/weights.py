@@ -23,7 +23,7 @@ ITEM_BYTES = {
 MAX_HEADER_BYTES = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".th")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".th")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +46,36 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            _check_header_size(path, file_bytes, header_bytes)
-            header = json.loads(file.read(header_bytes), object_pairs_hook=lambda pairs: _unique(path, pairs))
+            header_bytes = header_size(path, file.read(8), file_bytes)
+            text = file.read(header_bytes)
     except FileNotFoundError:
         raise QhubError(f"`{path}` does not exist", hint="download the missing shard again") from None
+    return parse_header(path, text, file_bytes)
+
+
+def header_size(path: Path, start: bytes, file_bytes: int) -> int:
+    """Bytes of the header that begins at byte 8, by the file's first 8 bytes.
+
+    :raises QhubError: when the file is not that long.
+    """
+    header_bytes = int.from_bytes(start, "little")
+    _check_header_size(path, file_bytes, header_bytes)
+    return header_bytes
+
+
+def parse_header(path: Path, text: bytes, file_bytes: int) -> dict[str, TensorInfo]:
+    """The tensors of a file of `file_bytes` whose header is `text`; `path` is where it lies, for the reader of an error.
+
+    :raises QhubError: when the header is not what the format says, or sizes do not add up.
+    """
+    try:
+        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a JSON object")
-    tensors = {
-        name: _tensor_info(path, name, entry, 8 + header_bytes, file_bytes) for name, entry in header.items() if name != "__metadata__"
-    }
+    start = 8 + len(text)
+    tensors = {name: _tensor_info(path, name, entry, start, file_bytes) for name, entry in header.items() if name != "__metadata__"}
     _check_overlap(path, tensors)
     return tensors
 
@@ -188,12 +206,25 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
 
 def no_weights(folder: Path) -> QhubError:
     """The error for a folder without safetensors: names the pickle if there is one, and how to convert it."""
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES) if folder.is_dir() else []
-    if pickles:
-        convert = (
-            'python -c "from transformers import AutoModelForCausalLM as A; '
-            f"A.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-        )
-        message = f"`{folder / pickles[0]}` is a pickle, which can run code when it is opened; qhub reads safetensors only"
-        return QhubError(message, hint=f"if you trust it, convert it: {convert}")
-    return QhubError(f"`{folder}` has no safetensors files", hint="a model folder holds config.json and *.safetensors")
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES) if folder.is_dir() else []
+    if not pickles:
+        return QhubError(f"`{folder}` has no safetensors files", hint="a model folder holds config.json and *.safetensors")
+    convert = (
+        'python -c "from transformers import AutoModelForCausalLM as A; '
+        f"A.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+    )
+    return _pickle(pickles[0], convert)
+
+
+def pickle_refused(path: Path) -> QhubError:
+    """The error for a pickle that is given itself, with how to convert what it holds."""
+    convert = (
+        'python -c "import torch; from safetensors.torch import save_file; '
+        f"save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
+    )
+    return _pickle(path, convert)
+
+
+def _pickle(path: Path, convert: str) -> QhubError:
+    message = f"`{path}` is a pickle, which can run code when it is opened; qhub reads safetensors only"
+    return QhubError(message, hint=f"if you trust it, convert it: {convert}")

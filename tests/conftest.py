@@ -29,7 +29,7 @@ def qhub(tmp_path: Path) -> Callable[..., Ran]:
     """Run `qhub …` in `tmp_path` without plugins; `env` adds to the environment."""
 
     def run(*arguments: object, env: dict[str, str] | None = None, command: tuple[str, ...] = ("-m", "qhub")) -> Ran:
-        variables = {**os.environ, "QHUB_PLUGINS": "", "PYTHONPATH": str(ROOT), "COLUMNS": "100", **(env or {})}
+        variables = {**os.environ, "QHUB_PLUGINS": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "100", **(env or {})}
         result = subprocess.run(
             [sys.executable, *command, *map(str, arguments)], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
         )

@@ -73,7 +73,9 @@ def test_a_plugin_imports_qhub_and_nothing_deeper(file):
         assert package != "qhub" or "." not in rest, f"a plugin imports `{name}`, deeper than the public API"
 
 
-@pytest.mark.parametrize("arguments", [None, ["--help"], ["plugins"], ["targets"], ["recommend", "demo:llm"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [None, ["--help"], ["plugins"], ["targets"], ["recommend", "demo:llm"], ["inspect", "demo:llm"]], ids=str
+)
 def test_what_must_start_fast_imports_nothing_heavy(qhub, arguments):
     installed = {distribution.name for distribution in importlib.metadata.distributions()}
     missing = [name for name in PLUGINS if f"qhub-{name}" not in installed]

@@ -16,6 +16,7 @@ from qhub.types import ModelSource
 
 PLUGINS = Plugins.load([])
 ASSETS = Path(__file__).parent.parent.parent / "shared" / "assets"
+CONFIGS = Path(__file__).parent / "configs"
 
 
 def kinds(found):
@@ -100,7 +101,7 @@ def test_a_network_of_convolutions(model_folder):
     }  # fmt: skip
     found = profile(str(model_folder({"architectures": ["ResNetForImageClassification"]}, shapes)), PLUGINS)
     assert (found.task, found.dtype, found.kv_bytes_per_token) == ("vision", "fp32", None)
-    assert kinds(found) == {"conv": 2, "norm": 1, "linear": 1, "head": 1}
+    assert kinds(found) == {"conv": 2, "norm": 1, "head": 2}
 
 
 # The architecture says what a model is for; what it does not say is unknown.
@@ -316,3 +317,116 @@ def test_real_models(name, parameters):
         pytest.skip(f"{ASSETS / name} is not here")
     found = profile(str(ASSETS / name), PLUGINS)
     assert (found.task, found.parameters, found.tied_embeddings) == ("llm", parameters, True)
+
+
+# Configs without weights: shapes follow from the config where its family is known, and are unknown where it is not.
+@pytest.mark.parametrize(
+    ("name", "task", "parameters", "dtype", "linears"),
+    [
+        ("llama-3-8b", "llm", 8_030_261_248, "bf16", 224),
+        ("bert-base-uncased", "nlp", 109_514_298, "fp32", 72),
+        ("all-minilm-l6-v2", "embedding", 22_713_216, "fp32", 36),
+        ("bge-base-en-v1.5", "embedding", 109_482_240, "fp32", 72),
+        ("whisper-base", "speech", 72_593_920, "fp32", 96),
+        ("resnet-50", "vision", 25_557_032, "fp32", 0),
+        ("stable-diffusion-1.5-unet", "generative", 859_520_964, "fp32", 182),
+    ],
+)
+def test_a_config_without_weights_is_profiled(name, task, parameters, dtype, linears):
+    found = profile(str(CONFIGS / name), PLUGINS)
+    assert (found.format, found.complete) == ("config", True)
+    assert (found.task, found.parameters, found.dtype, len(found.linears())) == (task, parameters, dtype, linears)
+
+
+def test_a_config_says_the_same_as_its_weights(llama):
+    folder = llama(model_type="llama", tie_word_embeddings=True, torch_dtype="bfloat16")
+    with_weights = profile(str(folder), PLUGINS)
+    (folder / "model.safetensors").unlink()
+    without = profile(str(folder), PLUGINS)
+    shapes = {layer.name: layer.shape for layer in with_weights.layers}
+    assert {layer.name: layer.shape for layer in without.layers if "post_attention" not in layer.name or layer.name in shapes} == shapes
+    assert (without.weight_bytes, without.kv_bytes_per_token) == (with_weights.weight_bytes, with_weights.kv_bytes_per_token)
+
+
+def test_what_does_not_follow_from_a_config_is_unknown(model_folder):
+    config = {"architectures": ["NewForCausalLM"], "model_type": "new", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+    found = profile(str(model_folder(config, {})), PLUGINS)
+    assert (found.format, found.complete, found.layers, found.parameters) == ("config", False, (), 0)
+    assert (found.task, found.dtype, found.blocks, found.kv_bytes_per_token) == ("llm", "unknown", 4, 2 * 2 * 4 * 64)
+
+
+def test_how_much_a_quantized_model_weighs_does_not_follow_from_its_config(tmp_path):
+    config = json.loads((CONFIGS / "llama-3-8b" / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = profile(str(tmp_path), PLUGINS)
+    assert (found.quantization, found.complete, found.weight_bytes, found.dtype) == ("awq", False, 0, "unknown")
+    assert found.parameters == 8_030_261_248
+
+
+def test_a_run_needs_weights(model_folder):
+    folder = model_folder({"architectures": ["LlamaForCausalLM"]}, {})
+    with pytest.raises(QhubError, match="has no safetensors files"):
+        profile(ModelSource("m", folder, ""), PLUGINS)
+
+
+def test_layers_of_heads_and_embeddings_are_told_by_the_module_not_its_parents(model_folder):
+    shapes = {
+        "shared.weight": (9, 4), "time_embedding.linear_1.weight": (4, 4), "bert.embeddings.word_embeddings.weight": (9, 4),
+        "classifier.0.weight": (4, 4), "encoder.embeddings.3.fc1.weight": (4, 4),
+    }  # fmt: skip
+    found = profile(str(model_folder({"architectures": ["X"]}, shapes)), PLUGINS)
+    assert {layer.name.removesuffix(".weight"): layer.kind for layer in found.layers} == {
+        "shared": "embedding", "time_embedding.linear_1": "other", "bert.embeddings.word_embeddings": "embedding",
+        "classifier.0": "head", "encoder.embeddings.3.fc1": "linear",
+    }  # fmt: skip
+
+
+# More ways in which a model may already be quantized.
+@pytest.mark.parametrize(
+    ("config", "quantization"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}, "gptq_v2"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
+        ({"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}}, "mlx"),
+        ({"quantization_config": {"bits": 4}}, "unknown"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": None}, None),
+    ],
+    ids=str,
+)
+def test_the_method_that_quantized_a_model_is_recognised(model_folder, config, quantization):
+    folder = model_folder({"architectures": ["X"], **config}, {"a.weight": (2, 2)})
+    assert profile(str(folder), PLUGINS).quantization == quantization
+
+
+def test_shapes_of_mlx_are_those_before_packing(model_folder):
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "quantization": {"group_size": 64, "bits": 4, f"{PACKED}": {"bits": 8, "group_size": 64}},
+    }
+    shapes = {
+        f"{PACKED}.weight": ("I32", (128, 64)), f"{PACKED}.scales": (128, 4), f"{PACKED}.biases": (128, 4),
+        "model.embed_tokens.weight": ("I32", (50, 32)), "model.embed_tokens.scales": (50, 4), "model.embed_tokens.biases": (50, 4),
+    }  # fmt: skip
+    folder = model_folder(config, shapes)
+    header = (folder / "model.safetensors").read_bytes().replace(b'"I32"', b'"U32"')
+    (folder / "model.safetensors").write_bytes(header)
+    found = profile(str(folder), PLUGINS)
+    assert {layer.name: (layer.kind, layer.shape, layer.bytes) for layer in found.layers} == {
+        "model.embed_tokens.weight": ("embedding", (50, 256), 50 * 32 * 4 + 2 * 50 * 4 * 2),
+        f"{PACKED}.weight": ("linear", (128, 256), 128 * 64 * 4 + 2 * 128 * 4 * 2),
+    }
+
+
+def test_shapes_of_bitsandbytes_are_those_of_the_config(model_folder):
+    config = json.loads((CONFIGS / "llama-3-8b" / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    name = "model.layers.0.mlp.up_proj.weight"
+    shapes = {name: ("U8", (128 * 32, 1)), f"{name}.absmax": ("F32", (128,)), f"{name}.quant_map": ("F32", (16,))}
+    found = profile(str(model_folder(config, shapes)), PLUGINS)
+    assert [(layer.name, layer.shape, layer.bytes) for layer in found.layers] == [(name, (128, 64), 128 * 32 + 4 * 128 + 4 * 16)]
+    config["model_type"] = "unheard of"
+    assert profile(str(model_folder(config, shapes, name="other")), PLUGINS).parameters == 128 * 64

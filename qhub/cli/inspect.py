@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from math import prod
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,60 +13,46 @@ from qhub.cli import App
 from qhub.units import human_bytes
 
 if TYPE_CHECKING:
+    from qhub.route.sizes import ClassSize
     from qhub.types import ModelProfile
 
 QHUB_JSON = "qhub.json"
+UNKNOWN = "unknown"
+#: Context that memory is stated for where the user names none, as `qhub recommend` plans for.
+PLANNED_CONTEXT = 4096
+_WHERE = {"safetensors": "folder", "config": "folder", "hub": "on the hub"}
+_PACKED = re.compile(r"[iu]\d+")
 
 
 @click.command()
 @click.argument("path")
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Tokens of key-value cache that memory is stated for.")
+@click.option("--layers", is_flag=True, help="Also every matrix, with its shape.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_obj
-def inspect(app: App, path: str, *, as_json: bool) -> None:
-    """Say what the model at PATH is: parameters, bytes by kind of weight, blocks, context, quantized or not.
+def inspect(app: App, path: str, *, context: int | None, layers: bool, as_json: bool) -> None:
+    """Say what the model at PATH is: parameters, bytes at every precision, memory, blocks, context, quantized or not.
 
-    PATH is a model folder, a quantized folder, or a name such as demo:llm.
+    PATH is a model folder (also one with only a config.json), a quantized folder, a .onnx, .pt2, .gguf or .tflite file, a name
+    such as demo:llm, or a model of the hub, whose headers alone are fetched.
     """
     from qhub.route.profile import profile
+    from qhub.route.sizes import by_class, cache_bytes, memory
     from qhub.types import as_json as to_json
 
     model = profile(path, app.plugins)
-    classes = bytes_by_class(model)
-    quantized = quantized_as(Path(model.path))
+    classes, quantized = by_class(model), quantized_as(Path(model.path))
+    tokens = context or min(model.context_length or PLANNED_CONTEXT, PLANNED_CONTEXT)
+    _warn(app, model, context)
     if as_json:
-        app.output.json({**to_json(model), "classes": classes, "quantized": quantized})
+        needed = {"context_tokens": tokens, "cache_bytes": cache_bytes(model, tokens), "at": to_json(memory(model, tokens))}
+        app.output.json({**to_json(model), "classes": to_json(classes), "memory": needed, "quantized": quantized})
         return
     app.output.table(("", model.source), _facts(model, quantized))
-    rows = [
-        (
-            row["class"],
-            str(row["tensors"]),
-            f"{row['parameters']:,}",
-            *(human_bytes(row[key]) for key in ("stored_bytes", "bytes_8bit", "bytes_4bit")),
-        )
-        for row in classes
-    ]
-    columns = ("weights", "tensors", "parameters", "stored", "at 8 bit", "at 4 bit")
-    app.output.print()
-    app.output.table(columns, rows, right=columns[1:])
-
-
-def bytes_by_class(model: ModelProfile) -> list[dict[str, Any]]:
-    """For each kind of weight: how many, bytes as stored, and bytes of its matrices at 8 and 4 bit (groups of 128)."""
-    from qhub.types import Scheme
-
-    rows: dict[str, dict[str, Any]] = {}
-    for layer in model.layers:
-        empty = {"class": layer.kind, "tensors": 0, "parameters": 0, "stored_bytes": 0, "bytes_8bit": 0, "bytes_4bit": 0}
-        row = rows.setdefault(layer.kind, empty)
-        count = prod(layer.shape)
-        row["tensors"] += 1
-        row["parameters"] += count
-        row["stored_bytes"] += layer.bytes
-        for key, scheme in (("bytes_8bit", "w8a16"), ("bytes_4bit", "w4a16-g128-asym")):
-            bits = Scheme.parse(scheme).bits_per_weight if len(layer.shape) > 1 else 16
-            row[key] += round(count * bits / 8)
-    return sorted(rows.values(), key=lambda row: -row["stored_bytes"])
+    _show_classes(app, classes)
+    _show_memory(app, model, tokens)
+    if layers:
+        _show_layers(app, model)
 
 
 def quantized_as(folder: Path) -> dict[str, Any] | None:
@@ -86,21 +72,72 @@ def quantized_as(folder: Path) -> dict[str, Any] | None:
         raise QhubError(f"`{path}` is not what qhub writes", hint="quantize the model again") from None
 
 
-def _facts(model: ModelProfile, quantized: dict[str, Any] | None) -> list[tuple[str, str]]:
-    method = model.quantization or "no"
-    if quantized is not None:
-        method = f"{method}: {quantized['method']} at {quantized['scheme']}, by qhub"
-    cache = "–" if model.kv_bytes_per_token is None else f"{human_bytes(model.kv_bytes_per_token)} per token at 16 bit"
-    return [
-        ("folder", model.path),
-        ("architecture", f"{model.architecture} ({model.task})"),
-        ("parameters", f"{model.parameters:,}"),
-        ("weights", human_bytes(model.weight_bytes) + ("" if model.dtype.startswith(("i", "u")) else f" in {model.dtype}")),
-        ("blocks", str(model.blocks or "–")),
-        ("context", f"{model.context_length} tokens" if model.context_length else "–"),
-        ("key-value cache", cache),
-        ("vocabulary", str(model.vocabulary or "–")),
-        ("embeddings", "tied to the head" if model.tied_embeddings else "not tied"),
-        ("tokenizer", "yes" if model.has_tokenizer else "no"),
-        ("quantized", method),
+def _warn(app: App, model: ModelProfile, context: int | None) -> None:
+    if context is not None and model.kv_bytes_per_token is None:
+        app.output.warning(f"`{model.source}` has no key-value cache that could be told: --context changes nothing")
+    elif context is not None and model.context_length is not None and context > model.context_length:
+        app.output.warning(f"`{model.source}` was made for a context of {model.context_length} tokens, not {context}")
+    if not model.complete:
+        app.output.warning(f"the weights of `{model.source}` do not follow from its config: what they weigh is unknown")
+
+
+def _show_classes(app: App, classes: list[ClassSize]) -> None:
+    if not classes:
+        return
+    from qhub.route.sizes import PRECISIONS
+
+    columns = ("weights", "tensors", "parameters", "stored", *PRECISIONS)
+    rows = [
+        (row.kind, str(row.tensors), f"{row.parameters:,}", *map(human_bytes, (row.stored_bytes, *row.bytes.values()))) for row in classes
     ]
+    app.output.print()
+    app.output.table(columns, rows, right=columns[1:])
+
+
+def _show_memory(app: App, model: ModelProfile, tokens: int) -> None:
+    from qhub.route.sizes import memory
+
+    rows = [(row.precision, human_bytes(row.weight_bytes), human_bytes(row.total_bytes)) for row in memory(model, tokens)]
+    if rows:
+        columns = ("blocks at", "all weights", f"with {tokens} tokens of cache")
+        app.output.print()
+        app.output.table(columns, rows, right=columns[1:])
+
+
+def _show_layers(app: App, model: ModelProfile) -> None:
+    from qhub.route.sizes import matrices
+
+    rows = [(name, " × ".join(map(str, shape)), str(count)) for name, shape, count in matrices(model)]
+    app.output.print()
+    app.output.table(("matrix", "shape", "times"), rows, right=("shape", "times"))
+
+
+def _facts(model: ModelProfile, quantized: dict[str, Any] | None) -> list[tuple[str, str]]:
+    none = UNKNOWN if model.task == "llm" else "–"
+    cache = none if model.kv_bytes_per_token is None else f"{human_bytes(model.kv_bytes_per_token)} per token at 16 bit"
+    facts = [
+        (_WHERE.get(model.format, "file"), model.path),
+        ("architecture", f"{model.architecture} ({model.task})"),
+        ("parameters", f"{model.parameters:,}" if model.parameters else UNKNOWN),
+        ("weights", _weights(model)),
+        ("blocks", str(model.blocks or none)),
+        ("context", f"{model.context_length} tokens" if model.context_length else none),
+        ("key-value cache", cache),
+        ("vocabulary", str(model.vocabulary or none)),
+    ]
+    if model.task == "llm":
+        facts.append(("embeddings", "tied to the head" if model.tied_embeddings else "not tied"))
+    facts.append(("tokenizer", "yes" if model.has_tokenizer else "no"))
+    return [*facts, ("quantized", _quantized(model, quantized))]
+
+
+def _weights(model: ModelProfile) -> str:
+    if not model.complete:
+        return UNKNOWN
+    dtype = "" if _PACKED.fullmatch(model.dtype) or model.dtype == UNKNOWN else f" in {model.dtype}"
+    return f"{human_bytes(model.weight_bytes)}{dtype}" + (", not here: from the config" if model.format == "config" else "")
+
+
+def _quantized(model: ModelProfile, quantized: dict[str, Any] | None) -> str:
+    method = model.quantization or "no"
+    return method if quantized is None else f"{method}: {quantized['method']} at {quantized['scheme']}, by qhub"

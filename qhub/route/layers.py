@@ -5,20 +5,26 @@ Everything is decided from names, shapes and the config, not from a table of arc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
+from qhub.route.config import quantization_section, whole
 from qhub.types import LayerShape
 from qhub.weights import TensorInfo
 
 #: safetensors' names of number formats → ours, which are also scheme names where there is one.
 DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
-_BUFFERS = ("inv_freq", "position_ids", "masked_bias", "num_batches_tracked", "e_score_correction_bias", ".SCB", ".weight_format")
+_BUFFERS = (
+    "inv_freq", "position_ids", "masked_bias", "num_batches_tracked", "running_mean", "running_var", "e_score_correction_bias", ".SCB",
+    ".weight_format",
+)  # fmt: skip
 _MASKS = ("attn.bias", "attention.bias")
-_EMBEDDINGS = {"wte", "wpe", "relative_attention_bias", "position_bias_table"}
+_EMBEDDINGS = {"wte", "wpe", "shared", "relative_attention_bias", "position_bias_table"}
 _HEADS = {"lm_head", "embed_out", "head", "heads", "classifier", "score", "fc", "cls", "output", "qa_outputs", "output_projection"}
 _PACKED = (".weight_packed", ".qweight")
-_PACKING = (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".qzeros", ".scales", ".g_idx")
+_PACKING = (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".qzeros", ".scales", ".biases", ".g_idx")
 #: bitsandbytes stores the state of each weight under the weight's own name.
 _STATE = ".weight."
 
@@ -31,8 +37,27 @@ def layer_shapes(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
 
 
 def block_of(name: str) -> int | None:
-    """The index of the block that `name` belongs to: the first number in it."""
-    return next((int(part) for part in name.split(".")[:-1] if part.isdigit()), None)
+    """The index of the block that `name` belongs to: the first number in it, unless that counts the layers of a head."""
+    parts = name.split(".")
+    place = _place_of_number(parts)
+    return None if place is None else int(parts[place])
+
+
+def _place_of_number(parts: list[str]) -> int | None:
+    for place, part in enumerate(parts[:-1]):
+        if part in _HEADS:
+            return None
+        if part.isdecimal() and part.isascii() and len(part) < 10:
+            return place
+    return None
+
+
+def main_dtype(layers: Iterable[LayerShape]) -> str:
+    """The number format of most bytes."""
+    sizes: Counter[str] = Counter()
+    for layer in layers:
+        sizes[layer.dtype] += layer.bytes
+    return sizes.most_common(1)[0][0] if sizes else "unknown"
 
 
 def block_names(names: Iterable[str]) -> set[str]:
@@ -40,9 +65,9 @@ def block_names(names: Iterable[str]) -> set[str]:
     found = set()
     for name in names:
         parts = name.split(".")
-        number = next((place for place, part in enumerate(parts[:-1]) if part.isdigit()), None)
-        if number is not None:
-            found.add(".".join(parts[: number + 1]))
+        place = _place_of_number(parts)
+        if place is not None:
+            found.add(".".join(parts[: place + 1]))
     return found
 
 
@@ -59,6 +84,8 @@ def _layer(info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mapping[
         base = name.rpartition(".")[0]
         shape, name = _unpacked(info, tensors, config), f"{base}.weight"
         size_bytes += sum(tensors[base + suffix].bytes for suffix in _PACKING if base + suffix in tensors)
+    elif name.endswith(".weight") and info.dtype in ("U32", "U8"):
+        shape, size_bytes = _packed_in_place(info, tensors, config)
     kind = _kind(name, shape, block, config)
     if turned and kind == "linear" and _may_be_turned(info, tensors):
         shape = (shape[1], shape[0])
@@ -73,7 +100,8 @@ def _kind(name: str, shape: tuple[int, ...], block: int | None, config: Mapping[
         return "norm" if len(shape) < 2 and _is_norm(parts) else "other"
     if len(shape) > 2:
         return "expert" if "expert" in name else "conv"
-    if ("embed" in name or parts & _EMBEDDINGS) and not parts & _HEADS:
+    last = name.rpartition(".")[0].rpartition(".")[2]
+    if ("embed" in last or last in _EMBEDDINGS) and not parts & _HEADS:
         return "embedding"
     if block is None:
         return "head" if parts & _HEADS or shape[0] == config.get("vocab_size") else "other"
@@ -88,7 +116,7 @@ def _is_norm(parts: set[str]) -> bool:
 
 def _expert_counts(config: Mapping[str, Any]) -> set[Any]:
     """Rows that a router can have: one per expert, or one for the shared expert."""
-    return {config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")} - {None} | {1}
+    return {whole(config.get(key)) for key in ("num_local_experts", "num_experts", "n_routed_experts")} - {None} | {1}
 
 
 def _stored_transposed(tensors: Mapping[str, TensorInfo]) -> bool:
@@ -126,6 +154,34 @@ def _unpacked(info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mappi
     if quantization.get("quant_method") == "awq":
         return (second * 32 // bits, first)
     return (second, first * 32 // bits)
+
+
+def _packed_in_place(info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[tuple[int, ...], int]:
+    """(true shape, bytes) of a matrix that is packed under its own name, by MLX (uint32, along K) or bitsandbytes (uint8, flat)."""
+    base = info.name.removesuffix(".weight")
+    scales = tensors.get(f"{base}.scales")
+    if info.dtype == "U32" and scales is not None and len(info.shape) > 1:
+        section = quantization_section(config)
+        own = section.get(base)
+        bits = whole((own if isinstance(own, dict) else section).get("bits")) or 0
+        more = sum(tensors[base + suffix].bytes for suffix in (".scales", ".biases") if base + suffix in tensors)
+        shape = (*info.shape[:-1], info.shape[-1] * 32 // bits) if 0 < bits <= 16 else info.shape
+        return shape, info.bytes + more
+    if info.dtype == "U8" and info.shape[1:] == (1,) and f"{info.name}.absmax" in tensors:
+        state = sum(other.bytes for name, other in tensors.items() if name.startswith(f"{info.name}."))
+        return _unflattened(info, config), info.bytes + state
+    return info.shape, info.bytes
+
+
+def _unflattened(info: TensorInfo, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """(N, K) of two numbers a byte: as the config has it, where it says so; else only how many there are."""
+    from qhub.route.shapes import tensors_of
+
+    names = config.get("architectures")
+    derived = tensors_of(config, str(names[0]), info.file.parent) if isinstance(names, list) and names else None
+    expected = (derived or {}).get(info.name)
+    count = 2 * info.shape[0]
+    return expected.shape if expected is not None and prod(expected.shape) == count else (count, 1)
 
 
 def _compressed(packed: tuple[int, ...], scale: TensorInfo | None, weights: Mapping[str, Any], bits: int) -> tuple[int, ...]:

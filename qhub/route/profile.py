@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qhub.errors import QhubError, UsageError
-from qhub.route.layers import block_names, layer_shapes
+from qhub.route.config import (
+    CONFIG,
+    architecture_of,
+    experts_of,
+    is_tied,
+    kv_bytes_per_token,
+    number,
+    quantization_of,
+    read_config,
+    task_of,
+    text_config,
+    whole,
+)
+from qhub.route.layers import block_names, layer_shapes, main_dtype
 from qhub.types import LayerShape, ModelProfile, ModelSource, Task
-from qhub.weights import WeightFiles
+from qhub.weights import PICKLES, TensorInfo, WeightFiles, no_weights, pickle_refused
 
 if TYPE_CHECKING:
     from qhub.plugins import Plugins
 
-CONFIG = "config.json"
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-#: The same number under the names that different architectures use.
-_ALIASES = {
-    "hidden": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
-    "blocks": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
-    "context": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"),
-}
-#: (task, what its architectures contain; "^…" begin with; "…$" end with); the first that matches decides.
-_TASKS: tuple[tuple[Task, tuple[str, ...]], ...] = (
-    ("speech", ("Whisper", "Wav2Vec2", "Hubert", "WavLM", "Speech", "Moonshine", "ForCTC", "AudioClassification", "Seamless")),
-    ("detection", ("ForObjectDetection", "Detr", "Yolo")),
-    ("vision", ("ForImageClassification", "ForSemanticSegmentation", "ForMaskedImageModeling")),
-    ("vision", ("^ViT", "^ResNet", "^ConvNext", "^Swin", "^Dinov")),
-    ("generative", ("UNet", "Autoencoder", "Transformer2DModel", "DiffusionPipeline", "StableDiffusion")),
-    ("llm", ("ForCausalLM$", "LMHeadModel$")),
-    ("nlp", ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForMultipleChoice")),
-    ("nlp", ("ForPreTraining", "^Bert", "^Roberta", "^DistilBert", "^Electra", "^Deberta")),
-    ("nlp", ("^T5", "^Bart", "^MT5", "^Pegasus", "^Marian", "^MBart", "^M2M100")),
-)
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
@@ -52,6 +42,8 @@ def resolve(source: str, plugins: Plugins) -> ModelSource:
     path = Path(source).expanduser()
     if path.is_dir():
         return ModelSource(name=path.resolve().name, path=path, summary="model folder")
+    if path.suffix.lower() in PICKLES and path.exists():
+        raise pickle_refused(path)
     if path.exists():
         raise UsageError(f"`{source}` is a file; a model is a folder with {CONFIG}", hint=f"give its folder: `{path.parent}`")
     models = plugins.models
@@ -80,153 +72,91 @@ def _unknown_model(source: str, models: Iterable[str]) -> UsageError:
 
 
 def profile(source: str | ModelSource, plugins: Plugins) -> ModelProfile:
-    """Profile a model by name or folder.
+    """Profile a model: a folder (also one that has only a config), a file, a name that a plugin brings, or a hub id.
 
-    :raises QhubError: when the folder is not a model folder, or its files are broken or contradict each other.
+    Only a hub id leads to the network. A `ModelSource` is what a run starts from: a folder that has its weights.
+
+    :raises QhubError: when it is no model, or its files are broken or contradict each other.
     """
-    model = source if isinstance(source, ModelSource) else resolve(source, plugins)
+    if isinstance(source, ModelSource):
+        return _of_folder(source, weightless=False)
+    path = Path(source).expanduser()
+    if path.is_file():
+        from qhub.route.headers import profile_file
+
+        return profile_file(path)
+    if is_hub_id(source, plugins):
+        from qhub.route.hub import profile_hub
+
+        return profile_hub(source)
+    return _of_folder(resolve(source, plugins), weightless=True)
+
+
+def is_hub_id(source: str, plugins: Plugins) -> bool:
+    """Whether `source` can only be a model of the Hugging Face hub: `organization/name`, and nothing here has that name."""
+    there = Path(source).expanduser().exists() or source in plugins.models
+    return not there and not source.startswith(".") and re.fullmatch(_HUB_ID, source) is not None
+
+
+def _of_folder(model: ModelSource, *, weightless: bool) -> ModelProfile:
     config = read_config(model.path)
-    text = text_config(config)
+    if weightless and not any(model.path.glob("*.safetensors*")):
+        return of_config(model, config)
     files = WeightFiles.open(model.path)
-    layers = layer_shapes(files, {**text, "quantization_config": config.get("quantization_config")})
-    task = task_of(config, model.path)
-    quantization = quantization_of(config)
-    if quantization is None:
+    return assemble(model, config, files, "safetensors")
+
+
+def of_config(model: ModelSource, config: Mapping[str, Any]) -> ModelProfile:
+    """The profile of a folder without weights: what follows from its config.
+
+    :raises QhubError: when its weights are there, in a pickle.
+    """
+    if any(path.suffix in PICKLES for path in model.path.iterdir()):
+        raise no_weights(model.path)
+    from qhub.route.shapes import tensors_of
+
+    return assemble(model, config, tensors_of(text_config(config), architecture_of(config), model.path), "config")
+
+
+def assemble(model: ModelSource, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None, file_format: str) -> ModelProfile:
+    """The profile of a model whose config and tensors are known; `tensors` None: only the config is, and does not say them."""
+    text = text_config(config)
+    layers = layer_shapes(tensors or {}, {**text, "quantization_config": config.get("quantization_config")})
+    task, quantization = task_of(config, model.path), quantization_of(config)
+    if quantization is None and tensors:
         _check_shapes(model.path, text, layers, task)
-    tied = task == "llm" and _is_tied(config, text, layers)
+    tied = task == "llm" and is_tied(config, text, layers)
+    # without weights, the bytes that another method stores them in are unknown
+    complete = bool(tensors) and (file_format != "config" or quantization is None)
     return ModelProfile(
         source=model.name,
         path=str(model.path),
         task=task,
         architecture=architecture_of(config),
         parameters=sum(prod(layer.shape) for layer in layers if not (tied and layer.kind == "head")),
-        dtype=_main_dtype(layers),
-        weight_bytes=sum(info.bytes for info in files.values()),
+        dtype=main_dtype(layers) if complete else "unknown",
+        weight_bytes=sum(info.bytes for info in (tensors or {}).values()) if complete else 0,
         layers=layers,
-        blocks=len(block_names(layer.name for layer in layers if layer.kind != "conv")) or None,
-        hidden_size=_number(text, "hidden"),
+        blocks=len(block_names(layer.name for layer in layers if layer.kind != "conv")) or number(text, "blocks"),
+        hidden_size=number(text, "hidden"),
         kv_bytes_per_token=kv_bytes_per_token(text) if task == "llm" else None,
-        vocabulary=_int(text.get("vocab_size")),
-        context_length=_number(text, "context"),
+        vocabulary=whole(text.get("vocab_size")),
+        context_length=number(text, "context"),
         has_tokenizer=any((model.path / name).exists() for name in _TOKENIZERS),
         tied_embeddings=tied,
         quantization=quantization,
-        experts=_experts(text),
-        experts_per_token=_int(text.get("num_experts_per_tok")),
+        experts=experts_of(text),
+        experts_per_token=whole(text.get("num_experts_per_tok")),
+        format=file_format,
+        complete=complete,
     )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The model's `config.json`.
-
-    :raises QhubError: when the folder has none, or it is not a JSON object.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"`{folder}` is not a folder", hint="give a model folder, or a name such as `demo:llm`")
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        parts = sorted(item.parent.name for item in folder.glob(f"*/{CONFIG}"))
-        hint = f"it has parts; give one of them: {', '.join(parts)}" if parts else "a model folder holds config.json and *.safetensors"
-        raise QhubError(f"`{folder}` is not a model folder: it has no {CONFIG}", hint=hint) from None
-    except (ValueError, RecursionError) as error:
-        raise QhubError(f"`{path}` is not JSON: {error}", hint="download it again") from None
-    if not isinstance(config, dict):
-        raise QhubError(f"`{path}` holds `{type(config).__name__}` where a JSON object is expected", hint="download it again")
-    return config
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part that describes the language model; in a multimodal config that is a section of its own."""
-    for key in ("text_config", "llm_config", "language_config"):
-        if isinstance(config.get(key), dict):
-            return {**config, **config[key]}
-    return config
-
-
-def architecture_of(config: Mapping[str, Any]) -> str:
-    """The class name that the config gives, or "unknown"."""
-    names = config.get("architectures")
-    if isinstance(names, list) and names and isinstance(names[0], str):
-        return names[0]
-    return str(config.get("_class_name") or config.get("architecture") or "unknown")
-
-
-def task_of(config: Mapping[str, Any], folder: Path) -> Task:
-    """What the model is for, by its architecture; "unknown" rather than a guess."""
-    if (folder / "modules.json").exists() or (folder / "config_sentence_transformers.json").exists():
-        return "embedding"
-    architecture = architecture_of(config)
-    for task, patterns in _TASKS:
-        if any(pattern.strip("^$") in architecture and _anchored(pattern, architecture) for pattern in patterns):
-            return task
-    if isinstance(config.get("text_config"), dict) and architecture.endswith("ForConditionalGeneration"):
-        return "llm"  # a language model that also sees or hears
-    return "vision" if "architecture" in config and "num_classes" in config else "unknown"  # timm's config
-
-
-def _anchored(pattern: str, text: str) -> bool:
-    if pattern.startswith("^"):
-        return text.startswith(pattern[1:])
-    return not pattern.endswith("$") or text.endswith(pattern[:-1])
-
-
-def quantization_of(config: Mapping[str, Any]) -> str | None:
-    """The method that already quantized the model, by its config."""
-    section = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
-    if not isinstance(section, dict):
-        return None
-    return str(section.get("quant_method") or section.get("quant_type") or "unknown")
-
-
-def kv_bytes_per_token(config: Mapping[str, Any]) -> int | None:
-    """Bytes that one token adds to the key-value cache at 16 bits; None where there is no such cache or it cannot be told."""
-    blocks, heads, hidden = (_number(config, key) for key in ("blocks", "heads", "hidden"))
-    if blocks is None:
-        return None
-    if latent := _int(config.get("kv_lora_rank")):
-        return 2 * blocks * (latent + (_int(config.get("qk_rope_head_dim")) or 0))
-    if heads is None or not heads or hidden is None:
-        return None
-    head_dim = _int(config.get("head_dim")) or hidden // heads
-    kv_heads = _number(config, "kv_heads") or heads
-    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
-        kv_heads = 1
-    return 2 * 2 * blocks * kv_heads * head_dim
-
-
-def _experts(config: Mapping[str, Any]) -> int | None:
-    keys = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((count for key in keys if (count := _int(config.get(key)))), None)
-
-
-def _is_tied(config: Mapping[str, Any], text: Mapping[str, Any], layers: Iterable[LayerShape]) -> bool:
-    """What the config says; where it says nothing, a language model without a head uses its embedding."""
-    says = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
-    return says if isinstance(says, bool) else not any(layer.kind == "head" for layer in layers)
-
-
-def _main_dtype(layers: Iterable[LayerShape]) -> str:
-    sizes: Counter[str] = Counter()
-    for layer in layers:
-        sizes[layer.dtype] += layer.bytes
-    return sizes.most_common(1)[0][0] if sizes else "unknown"
-
-
-def _number(config: Mapping[str, Any], key: str) -> int | None:
-    return next((number for name in _ALIASES[key] if (number := _int(config.get(name))) is not None), None)
-
-
-def _int(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _check_shapes(folder: Path, config: Mapping[str, Any], layers: Iterable[LayerShape], task: Task) -> None:
     """Refuse a language model whose config contradicts its tensors, before anything is spent on it."""
     if task != "llm":
         return
-    vocabulary, blocks = _int(config.get("vocab_size")), _number(config, "blocks")
+    vocabulary, blocks = whole(config.get("vocab_size")), number(config, "blocks")
     for layer in layers:
         if layer.block is None and layer.name.endswith(_INPUT_EMBEDDINGS):
             _check_embedding(folder, layer, vocabulary, config)
@@ -239,7 +169,7 @@ def _check_shapes(folder: Path, config: Mapping[str, Any], layers: Iterable[Laye
 
 def _check_embedding(folder: Path, layer: LayerShape, vocabulary: int | None, config: Mapping[str, Any]) -> None:
     widths = [config.get(key) for key in ("word_embed_proj_dim", "embedding_size") if config.get(key)]
-    width = widths[0] if widths else _number(config, "hidden")
+    width = widths[0] if widths else number(config, "hidden")
     expected = (vocabulary or layer.shape[0], width or layer.shape[1])
     if layer.shape != expected:
         message = f"`{folder / CONFIG}` says vocabulary and width `{expected}`, but `{layer.name}` has shape `{layer.shape}`"
