@@ -131,8 +131,9 @@ def check_overrides(found: ModelProfile, recipe: Recipe, plugins: Plugins) -> No
             raise UsageError(f"override `{pattern}={chosen}` matches no layer of `{found.source}`", hint=hint)
         if chosen == FLOAT:
             continue
-        for name in recipe.method.split("+"):
-            why = plugins.quantizers[name].reject(found, Scheme.parse(chosen))
+        exporters = [plugins.exporters[recipe.exporter]] if recipe.exporter in plugins.exporters else []
+        for part in (*(plugins.quantizers[name] for name in recipe.method.split("+")), *exporters):
+            why = part.reject(found, Scheme.parse(chosen))
             if why is not None:
                 raise UsageError(f"override `{pattern}={chosen}`: {why}", hint=f"to keep layers as they are: `{pattern}={FLOAT}`")
 

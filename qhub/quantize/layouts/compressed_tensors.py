@@ -1,7 +1,7 @@
 """compressed-tensors `pack-quantized`, qhub's own layout (`qhub/quantize/store.py` describes it), as others write it too.
 
 Beyond what qhub writes, llm-compressor's models may have
-    X.weight_g_idx int32 (K,): the group of each input, where GPTQ ordered the columns (`actorder` group)
+    X.weight_g_idx int32 (K,): the group of each input, where GPTQ ordered the columns (`actorder` group, until 0.20)
     X.weight_zero_point int8 (N, G), less 2**(bits−1), not packed
 """
 
@@ -86,42 +86,33 @@ class CompressedTensorsLayout(Layout):
         return in_order(StoredLayer(codes, scale, zero, facts.scheme, _groups(source, name, facts)), facts.group_size)
 
     def refuse(self, model: ModelFacts) -> str | None:
-        """Groups that do not fill the inputs, and an order of columns in a model of several asymmetric schemes."""
+        """Groups that do not fill the inputs."""
         for name, facts in model.layers.items():
             if facts.columns % facts.group_size:
                 return f"groups of {facts.group_size} do not divide the {facts.columns} inputs of layer `{name}`"
-        if model.reordered and (has_plain_zeros(facts.scheme for facts in model.layers.values()) or model.transposed):
-            return "layers of several asymmetric schemes, or stored as (K, N), have no place for an order of columns (`desc_act`)"
         return None
 
     def refuse_numbers(self, layer: StoredLayer) -> str | None:
-        """Nothing: scales are written in a dtype that holds them."""
+        """An order of columns, which compressed-tensors 0.20 took out; scales are written in a dtype that holds them."""
+        if layer.groups is not None:
+            return "compressed-tensors has no `g_idx` since 0.20, and the columns of {} are ordered by activation (`desc_act`)"
         return None
 
     def tensors(self, name: str, layer: StoredLayer, model: ModelFacts) -> dict[str, torch.Tensor]:
         """The tensors of layer `name`; scales in the model's dtype where that is exact, else in fp16 or float32."""
         plain = has_plain_zeros(facts.scheme for facts in model.layers.values())
         dtype = next(one for one in (model.dtype, torch.float16, torch.float32) if torch.equal(layer.scale.to(one).float(), layer.scale))
-        stored = layer_tensors(name, layer.tensor(), dtype, transposed=name in model.transposed, plain_zeros=plain)
-        if model.reordered:
-            size = layer.scheme.group_size or layer.codes.shape[1]
-            groups = torch.arange(layer.codes.shape[1]) // size if layer.groups is None else layer.groups
-            stored[f"{name}{_G_IDX}"] = groups.to(torch.int32)
-        return stored
+        return layer_tensors(name, layer.tensor(), dtype, transposed=name in model.transposed, plain_zeros=plain)
 
     def section_of(self, model: ModelFacts) -> dict[str, Any]:
-        """As `qhub run` writes it; `actorder` where columns have an order."""
+        """As `qhub run` writes it."""
         schemes = {name: facts.scheme for name, facts in model.layers.items()}
         plain = has_plain_zeros(schemes.values())
         places = {
             name: Placement.of(facts.scheme, facts.columns, transposed=name in model.transposed, plain_zeros=plain)
             for name, facts in model.layers.items()
         }
-        section = quantization_config(schemes, list(model.kept), places, expand=model.expand)
-        for group in section["config_groups"].values() if model.reordered else ():
-            if group["weights"]["strategy"] == "group":
-                group["weights"]["actorder"] = "group"
-        return section
+        return quantization_config(schemes, list(model.kept), places, expand=model.expand)
 
 
 def _groups(source: PackedFolder, name: str, facts: LayerFacts) -> torch.Tensor | None:

@@ -76,16 +76,20 @@ class PackedWeights:
 
     def model_dtype(self) -> torch.dtype:
         """The dtype that the float matrices are stored in; that of the scales where there are none."""
+        return self._dtype
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
         plain = {name: self.files[name] for name in self.float_names()}
         matrices = any(len(info.shape) == 2 for info in plain.values())
         return stored_dtype(WeightFiles(self.folder, plain) if matrices else self.files)
 
     def read(self, name: str) -> torch.Tensor:
-        """Tensor `name`: as stored if float, else dequantized in float32, the way round that the float files have it."""
+        """Tensor `name`: as stored if float, else dequantized in the model's dtype, the way round that the float files have it."""
         if name in self.files:
             return read_tensor(self.files, name)
         layer = name.removesuffix(".weight")
-        weight = self.layer(layer).dequantize()
+        weight = self.layer(layer).dequantize().to(self.model_dtype())
         return weight.t().contiguous() if layer in self.transposed else weight
 
     def layer(self, name: str) -> StoredLayer:
@@ -109,9 +113,13 @@ def open_weights(folder: Path) -> Weights:
 def open_packed(folder: Path) -> PackedWeights:
     """The quantized layers of a folder, whoever wrote it.
 
-    :raises QhubError: when it is a float model.
+    :raises QhubError: when it is a float model, or none at all.
     """
     section = quantization_section(folder)
+    if section is None and not (folder / "config.json").exists():
+        raise QhubError(
+            f"`{folder}` is not a model folder: it has no config.json", hint="a model folder holds config.json and *.safetensors"
+        )
     if section is None:
         raise QhubError(f"`{folder}` is a float model", hint=f"`qhub run {folder}` quantizes it")
     return PackedWeights(folder, section)

@@ -45,8 +45,8 @@ def write_layout(source: Path, out: Path, to: str, events: Events | None = None)
     if weights.layout is layout:
         raise UsageError(f"`{source}` already is stored as `{to}`", hint=f"others are {', '.join(name for name in LAYOUTS if name != to)}")
     events = events or Events()
-    warnings, model = _checked(weights, layout, events)
     shards = _shards([*weights.float_names(), *weights.layers])
+    warnings, model = _checked(weights, layout, shards, events)
     progress = Progress(events, f"write {to}", len(shards))
     for index, names in enumerate(shards):
         write_shard(out / shard_name(index, len(shards)), dict(_tensors(names, weights, layout, model)))
@@ -67,19 +67,20 @@ def layout_called(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def _checked(weights: PackedWeights, layout: Layout, events: Events) -> tuple[tuple[str, ...], ModelFacts]:
+def _checked(weights: PackedWeights, layout: Layout, shards: list[list[str]], events: Events) -> tuple[tuple[str, ...], ModelFacts]:
     """Warnings, and what `layout` has to know; reads every layer once, so that a refusal comes before anything is written."""
     refused: dict[str, list[str]] = {}
     reordered, rounded, dtype = False, [], weights.model_dtype()
-    progress = Progress(events, "check", len(weights.layers))
-    for index, name in enumerate(weights.layers):
-        layer = weights.layer(name)
-        reordered |= layer.groups is not None
-        if not torch.equal(layer.scale.to(dtype).float(), layer.scale):
-            rounded.append(name)
-        if why := _contradiction(layer) or layout.refuse_numbers(layer):
-            refused.setdefault(why, []).append(name)
-        progress.block(index, name)
+    progress = Progress(events, "check", len(shards))
+    for index, names in enumerate(shards):
+        for name in (name for name in names if name in weights.layers):
+            layer = weights.layer(name)
+            reordered |= layer.groups is not None
+            if not torch.equal(layer.scale.to(dtype).float(), layer.scale):
+                rounded.append(name)
+            if why := _contradiction(layer) or layout.refuse_numbers(layer):
+                refused.setdefault(why, []).append(name)
+        progress.block(index, shard_name(index, len(shards)))
     model = _model_facts(weights, layout, dtype, reordered=reordered)
     why = layout.refuse(model) or next((_counted(text, names) for text, names in refused.items()), None)
     if why is not None:

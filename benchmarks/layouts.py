@@ -1,0 +1,192 @@
+"""Do other tools load what we write, and do we read what they write? Codes and logits, one JSON line each.
+
+    python benchmarks/layouts.py MODEL TEXT --work DIR --gptqmodel gptqm/bin/python --llmcompressor llmc/bin/python
+
+MODEL is a float folder, TEXT its calibration text; the environments are those of benchmarks/peers/README.md. Ours: one run per
+scheme, carried into every layout; each is loaded by the other tools and its logits compared with ours. Theirs: models made by
+those tools (kept in DIR), read by us, logits compared with theirs, then carried into every layout. All logits are computed in
+float32, from the numbers in the files. Exits with 1 where a difference is larger than `--limit`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qhub.errors import QhubError
+from qhub.quantize.layouts.reader import LAYOUTS, PackedWeights, open_packed
+from qhub.quantize.layouts.writer import write_layout
+from qhub.skeleton import Skeleton, run_block
+
+PEERS = Path(__file__).parent / "peers"
+SCHEMES = ("w4a16-g64-asym", "w4a16-g64-sym", "w8a16-g64-asym")
+#: name → (tool, options of its runner)
+THEIRS = {
+    "gptqmodel-sym": ("gptqmodel", "--method gptq --group-size 128 --symmetric"),
+    "gptqmodel-asym": ("gptqmodel", "--method gptq --group-size 64"),
+    "gptqmodel-desc-act": ("gptqmodel", "--method gptq --group-size 64 --variant desc-act"),
+    "gptqmodel-3-bit": ("gptqmodel", "--method gptq --bits 3 --group-size 64"),
+    "gptqmodel-8-bit": ("gptqmodel", "--method gptq --bits 8 --group-size 32"),
+    "gptqmodel-mixed": ("gptqmodel", "--method gptq --group-size 128 --ignore down_proj"),
+    "gptqmodel-awq": ("gptqmodel", "--method awq --group-size 64 --dtype float16"),
+    "llmcompressor-asym": ("llmcompressor", "--method gptq --group-size 64"),
+    "llmcompressor-sym": ("llmcompressor", "--method rtn --group-size 128 --symmetric"),
+    "llmcompressor-act-order": ("llmcompressor", "--method gptq --group-size 64 --variant act-order"),
+    "llmcompressor-channel": ("llmcompressor", "--method rtn --group-size -1 --symmetric"),
+    "llmcompressor-8-bit": ("llmcompressor", "--method rtn --bits 8 --group-size 32"),
+}
+#: Which tools load which layout here.
+LOADERS = {
+    "compressed-tensors": ("llmcompressor",),
+    "awq": ("gptqmodel", "gptqmodel+transformers"),
+    "gptq": ("gptqmodel", "gptqmodel+transformers"),
+    "gptq_v2": ("gptqmodel", "gptqmodel+transformers"),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared, where, and which interpreters have the tools."""
+
+    model: Path
+    text: Path
+    work: Path
+    pythons: dict[str, str]
+
+    @property
+    def tokens(self) -> Path:
+        """The calibration tokens; the first sample is also what logits are compared on."""
+        return self.work / "tokens.npy"
+
+    def call(self, python: str, *arguments: object) -> str | None:
+        """Run a script; None if it worked, else the last line that it said."""
+        ran = subprocess.run([python, *map(str, arguments)], capture_output=True, text=True, check=False)
+        lines = [line for line in ran.stderr.splitlines() if line.strip()]
+        return None if ran.returncode == 0 else (lines[-1] if lines else f"exit code {ran.returncode}")
+
+    def compare(self, folder: Path, loader: str) -> dict[str, Any]:
+        """How far the logits of a tool are from ours."""
+        tool, _, inside = loader.partition("+")
+        out = self.work / "logits.npy"
+        kind = "gptqmodel" if tool == "gptqmodel" and not inside else "transformers"
+        failed = self.call(self.pythons[tool], PEERS / "logits.py", folder, self.tokens, out, "--tool", kind)
+        if failed is not None:
+            return {"loader": loader, "refused": failed}
+        theirs, ours = np.load(out), own_logits(folder, torch.from_numpy(np.load(self.tokens))[:1])
+        return {"loader": loader, "max_abs_diff": float(np.abs(theirs - ours).max()), "largest_logit": float(np.abs(ours).max())}
+
+
+class Exact(PackedWeights):
+    """Weights in float32, unrounded, whatever the model's dtype."""
+
+    def model_dtype(self) -> torch.dtype:
+        """What weights are given in."""
+        return torch.float32
+
+
+@torch.no_grad()
+def own_logits(folder: Path, ids: torch.Tensor) -> np.ndarray:
+    """Logits (length, vocab) float32 of ids (1, length), by our reader and the float model's code."""
+    skeleton = Skeleton(Exact(folder, open_packed(folder).source.section))
+    skeleton.learn_output_form(ids)
+    hidden, calls = skeleton.embed(ids)
+    for index in range(len(skeleton.block_names)):
+        with skeleton.block(index) as module:
+            hidden = run_block(module, hidden, calls[index])
+    return skeleton.logits(ids, hidden)[0].numpy()
+
+
+def carried(source: Path, work: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """`source` in every layout: (layout, folder, what was found)."""
+    there = open_packed(source)
+    for layout in LAYOUTS:
+        if layout == there.layout.name:
+            continue
+        out = work / layout
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        try:
+            write_layout(source, out, layout)
+        except QhubError as error:
+            shutil.rmtree(out)
+            yield layout, out, {"carried": False, "why": error.message.partition(": ")[2]}
+            continue
+        again = open_packed(out)
+        identical = all(there.layer(name).equals(again.layer(name)) for name in there.layers)
+        yield layout, out, {"carried": True, "layers": len(again.layers), "codes_identical": identical}
+
+
+def ours(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One run per scheme, in every layout, loaded by everybody."""
+    for scheme in SCHEMES:
+        run = bench.work / f"run-{scheme}"
+        if not (run / "report.json").exists():
+            options = ("--plugin", "gptq", "--scheme", scheme, "--calib", bench.text, "--eval", bench.text, "--seq-len", 128)
+            failed = bench.call(sys.executable, "-m", "qhub", "run", bench.model, *options, "--out", run)
+            if failed is not None:
+                yield {"ours": scheme, "failed": failed}
+                continue
+        source = run / "quantized"
+        for loader in LOADERS["compressed-tensors"]:
+            yield {"ours": scheme, "layout": "compressed-tensors", **bench.compare(source, loader)}
+        for layout, folder, found in carried(source, bench.work / f"ours-{scheme}"):
+            for loader in LOADERS[layout] if found["carried"] else ():
+                yield {"ours": scheme, "layout": layout, **found, **bench.compare(folder, loader)}
+            if not found["carried"]:
+                yield {"ours": scheme, "layout": layout, **found}
+
+
+def theirs(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Their models: read by us, then carried into every layout."""
+    for name, (tool, options) in THEIRS.items():
+        folder = bench.work / name
+        if not (folder / "config.json").exists():
+            runner = PEERS / f"{'gptqmodel' if tool == 'gptqmodel' else 'llmcompressor'}_run.py"
+            failed = bench.call(bench.pythons[tool], runner, bench.model, bench.tokens, folder, *options.split(), "--threads", 1)
+            if failed is not None:
+                yield {"theirs": name, "failed": failed}
+                continue
+        row = {"theirs": name, "layout": open_packed(folder).layout.name}
+        yield {**row, **bench.compare(folder, tool)}
+        for layout, _, found in carried(folder, bench.work / f"{name}-carried"):
+            yield {**row, "to": layout, **found}
+
+
+def main() -> int:
+    """Read the arguments, print the lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--gptqmodel", required=True, help="the interpreter that has GPTQModel")
+    parser.add_argument("--llmcompressor", required=True, help="the interpreter that has llm-compressor")
+    parser.add_argument("--limit", type=float, default=1e-3, help="largest difference of a logit")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.model, args.text, args.work, {"gptqmodel": args.gptqmodel, "llmcompressor": args.llmcompressor})
+    sizes = ("--samples", 8, "--length", 128)
+    if not bench.tokens.exists() and (
+        failed := bench.call(sys.executable, PEERS / "tokens.py", args.model, args.text, bench.tokens, *sizes)
+    ):
+        print(failed, file=sys.stderr)
+        return 1
+    worst = 0.0
+    for part in (ours, theirs):
+        for row in part(bench):
+            print(json.dumps(row), flush=True)
+            worst = max(worst, row.get("max_abs_diff", 0.0), float("inf") if row.get("codes_identical") is False else 0.0)
+    return int(worst > args.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
