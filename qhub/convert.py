@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ def _written(source: Path, out: Path, to: str, events: Events) -> Any:  # noqa: 
     from qhub.quantize.layouts.writer import write_layout
 
     partial = out.with_name(f"{out.name}.partial")
-    with locked(partial):
+    with _gone_if_empty(partial), locked(partial):
         _empty(partial)  # of what a killed process left
         try:
             written = write_layout(source, partial, to, events)
@@ -59,12 +61,21 @@ def _written(source: Path, out: Path, to: str, events: Events) -> Any:  # noqa: 
             partial.replace(out)
         except BaseException as error:
             _empty(partial)
-            partial.rmdir()
             known = as_system_error(error) if isinstance(error, Exception) and not isinstance(error, (QhubError, OSError)) else None
             if known is not None:
                 raise known from error
             raise
     return written
+
+
+@contextlib.contextmanager
+def _gone_if_empty(folder: Path) -> Iterator[None]:
+    """Remove `folder` at the end, also where a killed process had made it."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _check_out(out: Path) -> None:

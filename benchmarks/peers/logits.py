@@ -3,7 +3,8 @@
     python logits.py FOLDER TOKENS.npy OUT.npy --tool gptqmodel|transformers
 
 tokens int64 (samples, length); out float32 (length, vocab) of the first sample. With `gptqmodel` the weights are restored by
-its own kernel from scales in fp16, as the file has them; with `transformers` by whatever it finds installed.
+its own code from scales in fp16, as the file has them, and multiplied in float32 (its AWQ kernel would do that in fp16); with
+`transformers` by whatever that finds installed (for GPTQ on a CPU a kernel of GPTQModel that computes in bf16).
 """
 
 import os
@@ -19,12 +20,21 @@ import torch
 
 
 def by_gptqmodel(folder: Path) -> torch.nn.Module:
-    """GPTQModel's own loader with its plain torch kernel."""
+    """GPTQModel's own loader with its plain torch kernel; AWQ layers with the weights that kernel would multiply with."""
     from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
     section = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     backend = BACKEND.AWQ_TORCH if section["quant_method"] == "awq" else BACKEND.GPTQ_TORCH
-    return GPTQModel.load(str(folder), device="cpu", backend=backend, dtype=torch.float16).model.float().eval()
+    model = GPTQModel.load(str(folder), device="cpu", backend=backend, dtype=torch.float16).model.float().eval()
+    for name, layer in list(model.named_modules()) if section["quant_method"] == "awq" else ():
+        if hasattr(layer, "qweight"):
+            linear = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            weight = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), layer.bits, layer.group_size)
+            linear.weight = torch.nn.Parameter(weight.T.contiguous())
+            linear.bias = None if layer.bias is None else torch.nn.Parameter(layer.bias.float())
+            model.set_submodule(name, linear)
+    return model
 
 
 def by_transformers(folder: Path) -> torch.nn.Module:
