@@ -75,16 +75,33 @@ class Bench:
         lines = [line for line in ran.stderr.splitlines() if line.strip()]
         return None if ran.returncode == 0 else (lines[-1] if lines else f"exit code {ran.returncode}")
 
-    def compare(self, folder: Path, loader: str) -> dict[str, Any]:
-        """How far the logits of a tool are from ours."""
+    def load(self, loader: str, folders: list[Path]) -> dict[Path, dict[str, Any]]:
+        """How far the logits of a tool are from ours, for each folder; one process loads all of them."""
         tool, _, inside = loader.partition("+")
-        out = self.work / "logits.npy"
         kind = "gptqmodel" if tool == "gptqmodel" and not inside else "transformers"
-        failed = self.call(self.pythons[tool], PEERS / "logits.py", folder, self.tokens, out, "--tool", kind)
-        if failed is not None:
-            return {"loader": loader, "refused": failed}
+        outs = {folder: self.work / f"logits-{index}.npy" for index, folder in enumerate(folders)}
+        for out in outs.values():
+            out.unlink(missing_ok=True)
+            out.with_suffix(".txt").unlink(missing_ok=True)
+        pairs = (f"{folder}={out}" for folder, out in outs.items())
+        failed = self.call(self.pythons[tool], PEERS / "logits.py", self.tokens, *pairs, "--tool", kind)
+        return {folder: {"loader": loader, **self._compared(folder, out, failed)} for folder, out in outs.items()}
+
+    def _compared(self, folder: Path, out: Path, failed: str | None) -> dict[str, Any]:
+        if not out.exists():
+            why = out.with_suffix(".txt")
+            return {"refused": why.read_text(encoding="utf-8") if why.exists() else failed}
         theirs, ours = np.load(out), own_logits(folder, torch.from_numpy(np.load(self.tokens))[:1])
-        return {"loader": loader, "max_abs_diff": float(np.abs(theirs - ours).max()), "largest_logit": float(np.abs(ours).max())}
+        return {"max_abs_diff": float(np.abs(theirs - ours).max()), "largest_logit": float(np.abs(ours).max())}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder, what is known of it, and who is to load it."""
+
+    row: dict[str, Any]
+    folder: Path | None = None
+    loaders: tuple[str, ...] = ()
 
 
 class Exact(PackedWeights):
@@ -127,40 +144,52 @@ def carried(source: Path, work: Path) -> Iterator[tuple[str, Path, dict[str, Any
         yield layout, out, {"carried": True, "layers": len(again.layers), "codes_identical": identical}
 
 
-def ours(bench: Bench) -> Iterator[dict[str, Any]]:
+def ours(bench: Bench) -> Iterator[Case]:
     """One run per scheme, in every layout, loaded by everybody."""
     for scheme in SCHEMES:
         run = bench.work / f"run-{scheme}"
+        row: dict[str, Any] = {"ours": scheme}
         if not (run / "report.json").exists():
             options = ("--plugin", "gptq", "--scheme", scheme, "--calib", bench.text, "--eval", bench.text, "--seq-len", 128)
             failed = bench.call(sys.executable, "-m", "qhub", "run", bench.model, *options, "--out", run)
             if failed is not None:
-                yield {"ours": scheme, "failed": failed}
+                yield Case({**row, "failed": failed})
                 continue
         source = run / "quantized"
-        for loader in LOADERS["compressed-tensors"]:
-            yield {"ours": scheme, "layout": "compressed-tensors", **bench.compare(source, loader)}
+        yield Case({**row, "layout": "compressed-tensors"}, source, LOADERS["compressed-tensors"])
         for layout, folder, found in carried(source, bench.work / f"ours-{scheme}"):
-            for loader in LOADERS[layout] if found["carried"] else ():
-                yield {"ours": scheme, "layout": layout, **found, **bench.compare(folder, loader)}
-            if not found["carried"]:
-                yield {"ours": scheme, "layout": layout, **found}
+            yield Case({**row, "layout": layout, **found}, folder, LOADERS[layout] if found["carried"] else ())
 
 
-def theirs(bench: Bench) -> Iterator[dict[str, Any]]:
+def theirs(bench: Bench) -> Iterator[Case]:
     """Their models: read by us, then carried into every layout."""
     for name, (tool, options) in THEIRS.items():
         folder = bench.work / name
         if not (folder / "config.json").exists():
-            runner = PEERS / f"{'gptqmodel' if tool == 'gptqmodel' else 'llmcompressor'}_run.py"
+            runner = PEERS / f"{tool}_run.py"
             failed = bench.call(bench.pythons[tool], runner, bench.model, bench.tokens, folder, *options.split(), "--threads", 1)
             if failed is not None:
-                yield {"theirs": name, "failed": failed}
+                yield Case({"theirs": name, "failed": failed})
                 continue
         row = {"theirs": name, "layout": open_packed(folder).layout.name}
-        yield {**row, **bench.compare(folder, tool)}
+        yield Case(row, folder, (tool,))
         for layout, _, found in carried(folder, bench.work / f"{name}-carried"):
-            yield {**row, "to": layout, **found}
+            yield Case({**row, "to": layout, **found})
+
+
+def rows(bench: Bench, cases: list[Case]) -> Iterator[dict[str, Any]]:
+    """What is known of each case, once for each tool that loads it."""
+    loaders = sorted({loader for case in cases for loader in case.loaders})
+    loaded = {}
+    for loader in loaders:
+        folders = [case.folder for case in cases if loader in case.loaders and case.folder is not None]
+        loaded[loader] = bench.load(loader, folders)
+    for case in cases:
+        if not case.loaders:
+            yield case.row
+        for loader in case.loaders:
+            assert case.folder is not None
+            yield {**case.row, **loaded[loader][case.folder]}
 
 
 def main() -> int:
@@ -172,6 +201,7 @@ def main() -> int:
     parser.add_argument("--gptqmodel", required=True, help="the interpreter that has GPTQModel")
     parser.add_argument("--llmcompressor", required=True, help="the interpreter that has llm-compressor")
     parser.add_argument("--limit", type=float, default=1e-3, help="largest difference of a logit")
+    parser.add_argument("--only", choices=["ours", "theirs"], help="half of it")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.model, args.text, args.work, {"gptqmodel": args.gptqmodel, "llmcompressor": args.llmcompressor})
@@ -181,12 +211,12 @@ def main() -> int:
     ):
         print(failed, file=sys.stderr)
         return 1
+    cases = [case for part in (ours, theirs) if args.only in (None, part.__name__) for case in part(bench)]
     wrong = False
-    for part in (ours, theirs):
-        for row in part(bench):
-            print(json.dumps(row), flush=True)
-            limit = 0.01 * row.get("largest_logit", 0.0) if "+" in row.get("loader", "") else args.limit
-            wrong |= row.get("max_abs_diff", 0.0) > limit or row.get("codes_identical") is False or "failed" in row
+    for row in rows(bench, cases):
+        print(json.dumps(row), flush=True)
+        limit = 0.01 * row.get("largest_logit", 0.0) if "+" in row.get("loader", "") else args.limit
+        wrong |= row.get("max_abs_diff", 0.0) > limit or row.get("codes_identical") is False or "failed" in row
     return int(wrong)
 
 

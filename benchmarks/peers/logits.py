@@ -1,10 +1,11 @@
-"""A quantized folder's logits as another tool computes them, in float32, as a .npy file.
+"""Quantized folders' logits as another tool computes them, in float32, each as a .npy file.
 
-    python logits.py FOLDER TOKENS.npy OUT.npy --tool gptqmodel|transformers
+    python logits.py TOKENS.npy FOLDER=OUT.npy ... --tool gptqmodel|transformers
 
-tokens int64 (samples, length); out float32 (length, vocab) of the first sample. With `gptqmodel` the weights are restored by
-its own code from scales in fp16, as the file has them, and multiplied in float32 (its AWQ kernel would do that in fp16); with
-`transformers` by whatever that finds installed (for GPTQ on a CPU a kernel of GPTQModel that computes in bf16).
+tokens int64 (samples, length); out float32 (length, vocab) of the first sample; OUT.txt says why where a folder is refused.
+With `gptqmodel` the weights are restored by its own code from scales in fp16, as the file has them, and multiplied in float32
+(its AWQ kernel would do that in fp16); with `transformers` by whatever that finds installed (for GPTQ on a CPU a kernel of
+GPTQModel that computes in bf16).
 """
 
 import os
@@ -50,15 +51,18 @@ TOOLS = {"gptqmodel": by_gptqmodel, "transformers": by_transformers}
 def main() -> None:
     """Read the arguments, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
     parser.add_argument("tokens", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER=OUT.npy")
     parser.add_argument("--tool", choices=TOOLS, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     sample = torch.from_numpy(np.load(args.tokens))[:1]
-    with torch.inference_mode():
-        np.save(args.out, TOOLS[args.tool](args.folder)(input_ids=sample).logits[0].float().numpy())
+    for folder, _, out in (pair.partition("=") for pair in args.folders):
+        try:
+            with torch.inference_mode():
+                np.save(out, TOOLS[args.tool](Path(folder))(input_ids=sample).logits[0].float().numpy())
+        except Exception as error:
+            Path(out).with_suffix(".txt").write_text(f"{type(error).__name__}: {error}".splitlines()[0], encoding="utf-8")
 
 
 if __name__ == "__main__":
