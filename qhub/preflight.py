@@ -131,9 +131,10 @@ def check_overrides(found: ModelProfile, recipe: Recipe, plugins: Plugins) -> No
             raise UsageError(f"override `{pattern}={chosen}` matches no layer of `{found.source}`", hint=hint)
         if chosen == FLOAT:
             continue
-        exporters = [plugins.exporters[recipe.exporter]] if recipe.exporter in plugins.exporters else []
-        for part in (*(plugins.quantizers[name] for name in recipe.method.split("+")), *exporters):
-            why = part.reject(found, Scheme.parse(chosen))
+        refusals = [plugins.quantizers[name].reject for name in recipe.method.split("+")]
+        refusals += [exporter.reject for name, exporter in plugins.exporters.items() if name == recipe.exporter]
+        for reject in refusals:
+            why = reject(found, Scheme.parse(chosen))
             if why is not None:
                 raise UsageError(f"override `{pattern}={chosen}`: {why}", hint=f"to keep layers as they are: `{pattern}={FLOAT}`")
 

@@ -186,7 +186,9 @@ def test_damage_is_exit_code_1_and_what_a_layout_lacks_is_3(qhub, source, tmp_pa
     edit_tensors(model, lambda tensors: tensors[f"{LAYER}.qzeros"].zero_())
     ran = qhub("convert", model, "--to", "gptq")
     assert (ran.code, ran.out) == (3, "")
-    message = f"`gptq` cannot carry `{model}`: GPTQ v1 stores zero − 1, so it has no zero of 0, which layer `{LAYER}` have (`gptq_v2` has)"
+    message = (
+        f"`gptq` cannot carry `{model}`: GPTQ v1 stores zero − 1 and so has no zero of 0, which there is in layer `{LAYER}` (`gptq_v2` has)"
+    )
     assert ran.err.endswith(f"error: {message}\n\nhint: try another layout: compressed-tensors, awq\n")
     edit_tensors(model, lambda tensors: tensors.pop(f"{LAYER}.qzeros"))
     for arguments in (("convert", model, "--to", "awq"), ("eval", model, "--data", model / "tokenizer.json")):

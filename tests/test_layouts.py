@@ -240,7 +240,7 @@ def test_an_order_of_columns_that_llm_compressor_left_is_read(tmp_path):
 def test_a_zero_of_0_cannot_go_to_gptq_v1_and_goes_everywhere_else(tmp_path):
     source = foreign(run_model(tmp_path, "w4a16-g32-asym"), tmp_path / "a", "gptq_v2")
     edit_tensors(source, lambda tensors: tensors[f"{LAYER}.qzeros"].zero_())
-    expected = f"GPTQ v1 stores zero − 1, so it has no zero of 0, which layer `{LAYER}` have (`gptq_v2` has)"
+    expected = f"GPTQ v1 stores zero − 1 and so has no zero of 0, which there is in layer `{LAYER}` (`gptq_v2` has)"
     assert refused(source, tmp_path / "v1", "gptq") == expected
     for layout in ("awq", "compressed-tensors"):
         (tmp_path / layout).mkdir()
@@ -275,7 +275,9 @@ def test_fp16_scales_of_a_bf16_model_stay_what_they_are_with_a_warning(tmp_path)
     edit_tensors(source, lambda tensors: tensors[f"{LAYER}.scales"].mul_(1.0009765625))
     (tmp_path / "out").mkdir()
     written = write_layout(source, tmp_path / "out", "compressed-tensors")
-    assert written.warnings == ("scales of 1 layers are no numbers of the model's bf16; readers that cast them to it round them",)
+    assert written.warnings == (
+        f"the scales of layer `{LAYER}` are no numbers of the model's bf16; readers that cast them to it round them",
+    )
     assert open_packed(tmp_path / "out").layer(LAYER).equals(open_packed(source).layer(LAYER))
     assert open_packed(tmp_path / "out").files[f"{LAYER}.weight_scale"].dtype == "F16"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qhub.errors import QhubError
+from qhub.errors import DamagedModelError, QhubError
 from qhub.quantize.layouts.reader import PackedWeights, open_packed
 from qhub.quantize.store import QuantizedWeights
 from qhub.skeleton import Skeleton, run_block
@@ -61,6 +61,8 @@ def _codes_identical(quantized: Path, artifact: Path) -> bool | None:
     ours = QuantizedWeights(quantized)
     try:
         theirs = open_packed(artifact)
+    except DamagedModelError:
+        return False
     except QhubError:
         return None
     return ours.schemes.keys() == theirs.layers.keys() and all(_same_layer(ours, theirs, name) for name in ours.schemes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,12 +37,9 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 class GptqLayout(Layout):
     """Both versions; they differ in the zeros and in the config."""
 
+    version: ClassVar[int]
     codes = ".qweight"
     others = (".qzeros", ".scales", ".g_idx")
-
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.name = "gptq" if version == 1 else "gptq_v2"  # type: ignore[misc]
 
     def claims(self, section: Mapping[str, Any]) -> bool:
         """`quant_method` gptq with this version's `checkpoint_format`; none means v1."""
@@ -104,7 +101,7 @@ class GptqLayout(Layout):
     def refuse_numbers(self, layer: StoredLayer) -> str | None:
         """v1 has no zero 0; scales are fp16."""
         if self.version == 1 and bool((layer.zero < 1).any()):
-            return "GPTQ v1 stores zero − 1, so it has no zero of 0, which {} have (`gptq_v2` has)"
+            return "GPTQ v1 stores zero − 1 and so has no zero of 0, which there is in {} (`gptq_v2` has)"
         return "GPTQ stores scales in fp16, which would round those of {}" if inexact_in_fp16(layer) else None
 
     def tensors(self, name: str, layer: StoredLayer, model: ModelFacts) -> dict[str, torch.Tensor]:
@@ -137,6 +134,20 @@ class GptqLayout(Layout):
             "damp_percent": 0.05,
             "meta": {"quantizer": ["qhub:0.1"]},
         }
+
+
+class GptqV1(GptqLayout):
+    """Stores zero − 1, in words that may borrow from each other."""
+
+    name = "gptq"
+    version = 1
+
+
+class GptqV2(GptqLayout):
+    """Stores the zero."""
+
+    name = "gptq_v2"
+    version = 2
 
 
 def _said(scheme: Scheme) -> dict[str, Any]:

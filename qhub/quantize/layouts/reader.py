@@ -15,7 +15,7 @@ from qhub.errors import DamagedModelError, QhubError, Unsupported
 from qhub.quantize.layouts.awq import AwqLayout
 from qhub.quantize.layouts.base import LayerFacts, Layout, PackedFolder, StoredLayer
 from qhub.quantize.layouts.compressed_tensors import CompressedTensorsLayout
-from qhub.quantize.layouts.gptq import GptqLayout
+from qhub.quantize.layouts.gptq import GptqV1, GptqV2
 from qhub.quantize.observe import is_transposed
 from qhub.quantize.store import METADATA, QuantizedWeights, read_metadata
 from qhub.skeleton import FloatWeights, Skeleton, Weights, read_tensor, stored_dtype
@@ -23,7 +23,7 @@ from qhub.types import Scheme
 from qhub.weights import WeightFiles
 
 #: Every layout by the name that users write.
-LAYOUTS: Mapping[str, Layout] = {one.name: one for one in (CompressedTensorsLayout(), AwqLayout(), GptqLayout(1), GptqLayout(2))}
+LAYOUTS: Mapping[str, Layout] = {one.name: one for one in (CompressedTensorsLayout(), AwqLayout(), GptqV1(), GptqV2())}
 #: Where tools wrote their settings before config.json had a place for them, and what they are when the file does not say it.
 _OLD_SETTINGS = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
 

@@ -86,8 +86,10 @@ def _checked(weights: PackedWeights, layout: Layout, shards: list[list[str]], ev
     if why is not None:
         others = ", ".join(name for name in LAYOUTS if name not in (layout.name, weights.layout.name))
         raise Unsupported(f"`{layout.name}` cannot carry `{weights.folder}`: {why}", hint=f"try another layout: {others}")
-    text = f"scales of {len(rounded)} layers are no numbers of the model's {_short(dtype)}; readers that cast them to it round them"
-    return ((text,) if rounded and layout.name == "compressed-tensors" else ()), model
+    if not rounded or layout.name != "compressed-tensors":
+        return (), model
+    text = f"the scales of {{}} are no numbers of the model's {_short(dtype)}; readers that cast them to it round them"
+    return (_counted(text, rounded),), model
 
 
 def _contradiction(layer: StoredLayer) -> str | None:
