@@ -26,6 +26,7 @@ _HOMES = {
     ),
     "qhub.quantize.linalg": ("compensate", "lower_factor", "output_loss", "product", "solve", "turned"),
     "qhub.quantize.store": ("QuantizedWeights", "folder_digest"),
+    "qhub.quantize.layouts.writer": ("write_layout",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from qhub.hookspecs import hookimpl
     from qhub.interfaces import Block, Component, Exporter, Group, Quantizer, Runtime, Session, Statistics
     from qhub.quantize.grid import Grid, better_rows, fit_scales, minmax_grid, on_grid, pick_rows, quantize_rtn, range_grid, search_grid
+    from qhub.quantize.layouts.writer import write_layout
     from qhub.quantize.linalg import compensate, lower_factor, output_loss, product, solve, turned
     from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
     from qhub.quantize.store import QuantizedWeights, folder_digest

@@ -131,8 +131,10 @@ def check_overrides(found: ModelProfile, recipe: Recipe, plugins: Plugins) -> No
             raise UsageError(f"override `{pattern}={chosen}` matches no layer of `{found.source}`", hint=hint)
         if chosen == FLOAT:
             continue
-        for name in recipe.method.split("+"):
-            why = plugins.quantizers[name].reject(found, Scheme.parse(chosen))
+        refusals = [plugins.quantizers[name].reject for name in recipe.method.split("+")]
+        refusals += [exporter.reject for name, exporter in plugins.exporters.items() if name == recipe.exporter]
+        for reject in refusals:
+            why = reject(found, Scheme.parse(chosen))
             if why is not None:
                 raise UsageError(f"override `{pattern}={chosen}`: {why}", hint=f"to keep layers as they are: `{pattern}={FLOAT}`")
 

@@ -105,14 +105,14 @@ def export(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
 
 def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
     """Open each artifact in its runtime and compare it with the QuantizedModel."""
-    from qhub.prove.parity import compare_logits
+    from qhub.prove.parity import compare_codes, compare_logits
 
     checks: dict[str, Any] = {}
     for artifact in run.read("work/artifacts.json"):
         runtime = plugins.runtimes.get(recipe.runtime or "") or _any_runtime(plugins, artifact["format"])
         lacking = "a runtime for this format" if runtime is None else ", ".join(missing_modules(runtime))
         if runtime is None or lacking:
-            checks[artifact["path"]] = {"checked": False, "how": f"{lacking} is not installed here"}
+            checks[artifact["path"]] = compare_codes(run.quantized, run.path / artifact["path"], f"{lacking} is not installed here")
             continue
         ids = _windows(run, recipe, recipe.evaluation or recipe.calibration, first=64)
         checks[artifact["path"]] = compare_logits(run.quantized, run.path / artifact["path"], runtime, ids)
@@ -223,7 +223,7 @@ def execute(name: str, run: RunDir, plugins: Plugins, events: Events) -> RunDir:
         except (QhubError, OSError, MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
-            known = _as_system_error(error)
+            known = as_system_error(error)
             if known is not None:
                 raise known from error
             who = {"quantize": recipe.method, "export": recipe.exporter, "verify": recipe.runtime or recipe.exporter}.get(name)
@@ -235,7 +235,7 @@ def execute(name: str, run: RunDir, plugins: Plugins, events: Events) -> RunDir:
     return run.finished(name)
 
 
-def _as_system_error(error: Exception) -> Exception | None:
+def as_system_error(error: Exception) -> Exception | None:
     """A full disk or exhausted memory, which libraries report in exceptions of their own."""
     text = str(error)
     if "No space left on device" in text or "os error 28" in text:

@@ -27,12 +27,13 @@ Commands:
   recommend  Which way to take a model to a device, and why
   run        Quantize, export, evaluate and report in one go
   eval       Measure an artifact on a text
+  convert    Write a quantized model in another layout
   inspect    What a model or an artifact is, from its headers
   report     Show what a run found
   plugins    Which methods, formats and engines are installed
   targets    Which devices are known, and their facts
 """
-KNOWN = "known: eval, inspect, plugins, recommend, report, run, targets (a plugin may bring it: `pip install qhub-{}`)"
+KNOWN = "known: convert, eval, inspect, plugins, recommend, report, run, targets (a plugin may bring it: `pip install qhub-{}`)"
 SEE_RUN = "see `qhub run --help`"
 
 

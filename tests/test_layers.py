@@ -16,11 +16,11 @@ LAYERS = (
     ("interfaces", "hookspecs", "quantize.qtensor"),
     ("plugins", "quiet"),
     ("route", "quantize", "prove"),
-    ("rundir", "texts", "preflight", "pipeline", "stage"),
+    ("rundir", "texts", "preflight", "pipeline", "stage", "convert"),
     ("tune", "testing"),
     ("cli", "__main__"),
 )
-SIBLINGS_ALLOWED = {("prove", "quantize.store")}
+SIBLINGS_ALLOWED = {("prove", "quantize.store"), ("prove", "quantize.layouts.reader")}
 PLUGINS = ("awq", "demo", "gptq", "hf", "rtn")
 
 

@@ -1,4 +1,4 @@
-"""`qhub eval`: the figures of one model folder, quantized by qhub or float, on a text."""
+"""`qhub eval`: the figures of one model folder, float or quantized by anybody, on a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from qhub.events import Events
 from qhub.prove.assemble import drop_pct
 from qhub.prove.evaluate import Evaluation, Setting
-from qhub.quantize.store import METADATA, QuantizedWeights
+from qhub.quantize.layouts.reader import open_weights
 from qhub.skeleton import FloatWeights
 from qhub.tokens import load_tokenizer, read_windows
 from qhub.types import Calibration, as_json
@@ -28,11 +28,10 @@ def measure(folder: Path, source: Path | None, data: Calibration, events: Events
         "stride": data.seq_len - 1,
         "metric": "next_token_accuracy",
     }
-    is_quantized = (folder / METADATA).exists()
-    weights = QuantizedWeights(folder) if is_quantized else FloatWeights(folder)
+    weights = open_weights(folder)
     with tempfile.TemporaryDirectory(prefix="qhub-eval-") as work:
         setting = Setting(Path(work))
-        if not is_quantized or source is None:
+        if isinstance(weights, FloatWeights) or source is None:
             return {**found, **as_json(Evaluation(weights, ids, setting, events).float_figures())}
         evaluation = Evaluation(FloatWeights(source), ids, setting, events)
         reference, figures = evaluation.float_figures(), evaluation.compare(weights, "quantized")

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qhub.quantize.store import METADATA, QuantizedWeights
+from qhub.errors import DamagedModelError, QhubError
+from qhub.quantize.layouts.reader import PackedWeights, open_packed
+from qhub.quantize.store import QuantizedWeights
 from qhub.skeleton import Skeleton, run_block
 
 if TYPE_CHECKING:
@@ -45,15 +47,29 @@ def compare_logits(quantized: Path, artifact: Path, runtime: Runtime, ids: NDArr
     }
 
 
+def compare_codes(quantized: Path, artifact: Path, why: str) -> dict[str, Any]:
+    """What can be said of an artifact that nothing here opens (`why`): whether its codes, read back, are the QuantizedModel's."""
+    identical = _codes_identical(quantized, artifact)
+    read = "" if identical is None else f"; codes, scales and zeros read back from the file: {'the same' if identical else 'DIFFERENT'}"
+    return {"checked": False, "codes_identical": identical, "how": f"{why}{read}"}
+
+
 def _codes_identical(quantized: Path, artifact: Path) -> bool | None:
     """Whether all codes, scales and zeros in the artifact equal the QuantizedModel's; None for formats that are read elsewhere."""
-    if not (artifact / METADATA).exists():
+    if not (artifact / "config.json").exists():
         return None
-    ours, theirs = QuantizedWeights(quantized), QuantizedWeights(artifact)
-    return ours.schemes == theirs.schemes and all(_same_layer(ours, theirs, name) for name in ours.schemes)
+    ours = QuantizedWeights(quantized)
+    try:
+        theirs = open_packed(artifact)
+    except DamagedModelError:
+        return False
+    except QhubError:
+        return None
+    return ours.schemes.keys() == theirs.layers.keys() and all(_same_layer(ours, theirs, name) for name in ours.schemes)
 
 
-def _same_layer(ours: QuantizedWeights, theirs: QuantizedWeights, name: str) -> bool:
+def _same_layer(ours: QuantizedWeights, theirs: PackedWeights, name: str) -> bool:
     one, other = ours.layer(name), theirs.layer(name)
     pairs = ((one.codes, other.codes), (one.scale, other.scale), (one.zero, other.zero))
-    return all(torch.equal(left, right) for left, right in pairs)
+    same_scheme = theirs.layers[name].scheme == ours.schemes[name]
+    return same_scheme and other.groups is None and all(torch.equal(left, right) for left, right in pairs)

@@ -32,7 +32,7 @@ from qhub.weights import INDEX, WeightFiles
 METADATA = "qhub.json"
 FORMAT_VERSION = 1
 _CT_VERSION = "0.15.0"  # the oldest compressed-tensors whose layout this is
-_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "added_tokens.json")
+COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def finish(folder: Path, source: Path, schemes: Mapping[str, Scheme], ignored: l
     placements = _placements(files, schemes, metadata)
     config["quantization_config"] = quantization_config(schemes, ignored, placements, expand=bool(metadata.get("subclassed")))
     write_json(folder / "config.json", config)
-    for pattern in _COPIED:
+    for pattern in COPIED:
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     write_json(folder / METADATA, {"format_version": FORMAT_VERSION, "kind": "weights", **metadata})

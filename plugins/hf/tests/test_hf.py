@@ -11,10 +11,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from qhub_hf.plugin import FORMAT, HfExporter, HfRuntime, qhub_exporters, qhub_runtimes
+from qhub_hf.plugin import FORMAT, AwqExporter, GptqExporter, GptqV2Exporter, HfExporter, HfRuntime, qhub_exporters, qhub_runtimes
 from tiny_models import quantize, quantized_logits, random_ids, tiny_model
 
-from qhub import ModelProfile, QuantizedModel, Quantizer, Recipe, Scheme, Target, folder_digest, quantize_rtn
+from qhub import (
+    LayerShape,
+    ModelProfile,
+    QuantizedModel,
+    QuantizedWeights,
+    Quantizer,
+    Recipe,
+    Scheme,
+    Target,
+    Unsupported,
+    folder_digest,
+    quantize_rtn,
+)
 
 IDS = random_ids(2, 32)
 RECIPE = Recipe("tiny", "tiny", "", "host", "nearest", "w4a16-g32-asym")
@@ -100,6 +112,67 @@ def test_what_it_does_not_carry_it_refuses_with_the_reason(task, scheme, reason)
     assert HfExporter().reject(profile(task), Scheme.parse(scheme)) == reason
 
 
+# The other layouts: the same numbers, or a reason.
+LAYOUTS = pytest.mark.parametrize("exporter", [AwqExporter(), GptqExporter(), GptqV2Exporter()], ids=lambda exporter: exporter.name)
+
+
+@LAYOUTS
+def test_another_layout_holds_the_same_numbers(quantized, out, exporter):
+    """The zeros of v1 are one less, so this reads each file by its own rule."""
+    artifact = exporter.export(quantized, out, RECIPE)
+    assert (artifact.path, artifact.format) == (out, exporter.format)
+    assert (artifact.bytes, artifact.sha256) == folder_digest(out)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["group_size"]) == (exporter.format.partition("_")[0], 4, 32)
+    tensors, own = load_all(out), QuantizedWeights(quantized.path)
+    assert {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")} == own.schemes.keys()
+    for name in own.schemes:
+        assert torch.equal(tensors[f"{name}.scales"].t().float(), own.layer(name).scale)
+        nibbles = [int(word) >> shift & 15 for word in tensors[f"{name}.qzeros"][0, :1] for shift in range(0, 32, 4)]
+        order = (0, 2, 4, 6, 1, 3, 5, 7) if exporter.format == "awq" else range(8)
+        less = 1 if exporter.format == "gptq" else 0
+        assert nibbles == [int(own.layer(name).zero[output, 0]) - less for output in order]
+
+
+def load_all(folder):
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def linear(*shape):
+    layer = LayerShape("model.layers.0.fc.weight", "linear", shape, "bf16", 0, 0)
+    return ModelProfile("m", "m", "llm", "M", 1, "bf16", 2, (layer,))
+
+
+@pytest.mark.parametrize(
+    ("exporter", "model", "scheme", "reason"),
+    [
+        (AwqExporter(), linear(64, 64), "w4a16-g64-asym", None),
+        (AwqExporter(), linear(64, 64), "w4a16", None),
+        (AwqExporter(), linear(64, 64), "w3a16-g64-asym", "`awq` has 4 bits; it does not carry scheme `w3a16-g64-asym`"),
+        (AwqExporter(), linear(64, 64), "w8a8-static", "`awq` has 4 bits; it does not carry scheme `w8a8-static`"),
+        (AwqExporter(), linear(60, 64), "w4a16-g64-asym",
+         "`awq` needs multiples of 8 outputs and 1 inputs; `model.layers.0.fc.weight` is 60 × 64"),
+        (AwqExporter(), linear(60, 70), "w4a16-g64-asym", None),  # 64 does not divide 70: the layer stays float
+        (AwqExporter(), profile("vision"), "w4a16-g64-asym", "`awq` folders hold language models; this is `vision`"),
+        (GptqExporter(), linear(64, 64), "w3a16-g64-asym", None),
+        (GptqExporter(), linear(64, 64), "w5a16-g64-asym", "`gptq` has 2, 3, 4, 8 bits; it does not carry scheme `w5a16-g64-asym`"),
+        (GptqV2Exporter(), linear(72, 64), "w8a16",
+         "`gptq_v2` needs multiples of 32 outputs and 32 inputs; `model.layers.0.fc.weight` is 72 × 64"),
+    ],
+)  # fmt: skip
+def test_what_another_layout_lacks_is_known_before_anything_is_spent(exporter, model, scheme, reason):
+    assert exporter.reject(model, Scheme.parse(scheme)) == reason
+
+
+def test_what_only_shows_while_it_is_written_is_refused_then(tmp_path, out):
+    quantize(tiny_model("llama"), tmp_path, Nearest(), "w4a16-g32-asym", overrides={"down_proj": "w4a16-g64-asym"})
+    model = QuantizedModel(tmp_path / "model", "weights", "w4a16-g32-asym", "nearest")
+    with pytest.raises(Unsupported, match="AWQ has one group size; these layers have 32, 64"):
+        AwqExporter().export(model, out, RECIPE)
+
+
 @pytest.mark.parametrize(
     ("system", "reason"),
     [("linux", None), ("macos", None), ("windows", None), ("android", "transformers does not run on `android`"),
@@ -177,7 +250,8 @@ def test_a_closed_session_holds_no_model(session):
 
 
 def test_it_is_offered_and_its_declaration_imports_nothing_heavy():
-    assert [exporter.format for exporter in qhub_exporters()] == [FORMAT]
+    offered = [(exporter.name, exporter.format) for exporter in qhub_exporters()]
+    assert offered == [("hf", FORMAT), ("hf-awq", "awq"), ("hf-gptq", "gptq"), ("hf-gptq-v2", "gptq_v2")]
     assert [runtime.formats for runtime in qhub_runtimes()] == [(FORMAT,)]
     code = "import sys, qhub_hf.plugin as p; p.qhub_exporters(), p.qhub_runtimes(); print({'torch', 'transformers'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

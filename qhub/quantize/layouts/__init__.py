@@ -1,0 +1,1 @@
+"""How others store quantized layers: one file per layout, each with its reading, its writing and what it cannot carry."""
