@@ -187,6 +187,13 @@ class Exporter(Component):
         """Write the artifact into the empty directory `out`. Called once, after quantization."""
         raise NotImplementedError
 
+    def read_layers(self, path: Path) -> Mapping[str, QTensor] | None:
+        """The quantized layers of the artifact at `path`, read back from its files; None if only a runtime can tell.
+
+        Called to prove that the format carries the codes, scales and zeros exactly.
+        """
+        return None
+
 
 class Session(Protocol):
     """An opened artifact."""

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import click
 
 GROUP = "qhub"
+SLOW_S = 1.0  # an import that takes longer is said; a light one takes a hundredth of that
 _T = TypeVar("_T")
 
 
@@ -68,11 +70,16 @@ class Plugins:
     def _add(self, point: metadata.EntryPoint) -> None:
         distribution = point.dist.name if point.dist else point.value.partition(".")[0]
         version = point.dist.version if point.dist else "unknown"
+        started = time.perf_counter()
         error = self._register(point)
+        seconds = time.perf_counter() - started
         self.infos.append(PluginInfo(point.name, distribution, version, point.value, error))
         if error is not None:
             text = f"plugin `{point.name}` of `{distribution}` was left out: {error}"
             warnings.warn(text, PluginWarning, stacklevel=3)
+        elif seconds > SLOW_S:
+            why = f"took {seconds:.1f} s to import; `QHUB_DISABLED_PLUGINS={point.name}` goes without it"
+            warnings.warn(f"plugin `{point.name}` of `{distribution}` {why}", PluginWarning, stacklevel=3)
 
     def _register(self, point: metadata.EntryPoint) -> str | None:
         module: Any = None

@@ -17,7 +17,7 @@ LAYERS = (
     ("plugins", "quiet"),
     ("route", "quantize", "prove"),
     ("rundir", "texts", "preflight", "pipeline", "stage"),
-    ("tune", "testing"),
+    ("tune", "testing", "scaffold"),
     ("cli", "__main__"),
 )
 SIBLINGS_ALLOWED = {("prove", "quantize.store")}
