@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("types", "errors", "events", "weights", "units", "tokens", "spool", "skeleton"),
     ("interfaces", "hookspecs", "quantize.qtensor"),
-    ("plugins", "quiet"),
+    ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
-    ("rundir", "texts", "preflight", "pipeline", "stage"),
+    ("rundir", "texts", "preflight", "pipeline", "stage", "worker", "isolation.apart"),
     ("tune", "testing", "scaffold"),
     ("cli", "__main__"),
 )
