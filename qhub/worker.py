@@ -70,20 +70,21 @@ def _declaration(part: Component) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": part.name, "summary": part.summary, "distribution": part.distribution, "requires": part.requires}
     if isinstance(part, Quantizer):
         facts |= {"kind": "quantizer", "family": part.family, "default_scheme": part.default_scheme, "needs": sorted(part.needs)}
-        facts |= {"scales": part.scales, "options": dict(part.options), "whole": part.whole, **_answers(part, part.default_scheme)}
+        facts |= {"scales": part.scales, "options": dict(part.options), "whole": part.whole, **_answers(part)}
     elif isinstance(part, Exporter):
-        facts |= {"kind": "exporter", "format": part.format, **_answers(part, "w4a16-g128-asym")}
+        facts |= {"kind": "exporter", "format": part.format, **_answers(part)}
     elif isinstance(part, Runtime):
         facts |= {"kind": "runtime", "formats": part.formats, "targets": _targets(part)}
     return facts
 
 
-def _answers(part: Quantizer | Exporter, default: str) -> dict[str, Any]:
+def _answers(part: Quantizer | Exporter) -> dict[str, Any]:
     """Which schemes it takes and why not the others, asked about a model of which nothing is known; which tasks it refuses."""
     asked = {str(scheme): part.reject(_unknown_model("llm"), scheme) for scheme in _schemes()}
-    tasks = {task: part.reject(_unknown_model(task), Scheme.parse(default)) for task in get_args(Task)}
+    taken = [scheme for scheme, reason in asked.items() if reason is None]
+    tasks = {task: part.reject(_unknown_model(task), Scheme.parse(taken[0])) for task in get_args(Task)} if taken else {}
     return {
-        "schemes": [scheme for scheme, reason in asked.items() if reason is None],
+        "schemes": taken,
         "refused": {scheme: reason for scheme, reason in asked.items() if reason is not None},
         "tasks": {task: reason for task, reason in tasks.items() if reason is not None},
     }

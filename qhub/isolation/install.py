@@ -83,16 +83,13 @@ def remove(name: str) -> Environment:
 def requirements_of(requirement: str) -> tuple[str, ...]:
     """What the installer is asked for: the plugin, and qhub-core as it runs here; both editable from the checkout if this is one.
 
-    `requirement` is what pip takes (`qhub-awq`, `qhub-awq==1.2`), or a folder.
+    `requirement` is what pip takes: `qhub-awq`, `qhub-awq==1.2`, a folder, a wheel.
     """
     checkout = _checkout()
     core = f"qhub-core=={qhub.__version__}" if checkout is None else f"-e {checkout}"
-    if checkout is not None:
-        beside = checkout / "plugins" / requirement.removeprefix("qhub-")
-        if requirement.startswith("qhub-") and (beside / "pyproject.toml").is_file():
-            return f"-e {beside}", core
-    folder = Path(requirement)
-    return str(folder.resolve()) if folder.is_dir() else requirement, core
+    folder = Path(requirement).resolve()
+    is_ours = checkout is not None and folder.parent == checkout / "plugins"
+    return f"-e {folder}" if is_ours and folder.is_dir() else requirement, core
 
 
 def _checkout() -> Path | None:
