@@ -2,13 +2,16 @@
 
 A complete quantizer plugin, in one file:
 
-    from qhub import Quantizer, hookimpl, quantize_rtn
+    from qhub import Quantizer, hookimpl
 
     class Nearest(Quantizer):
         name = "nearest"
         summary = "round to nearest"
+        distribution = "qhub-nearest"
 
         def quantize_layer(self, weight, scheme, block):
+            from qhub import quantize_rtn  # imports torch: only where it is needed
+
             return quantize_rtn(weight, scheme, block.dtype)
 
     @hookimpl

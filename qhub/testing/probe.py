@@ -9,11 +9,13 @@ import importlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qhub.errors import QhubError
 from qhub.testing.guard import Guard
 from qhub.testing.result import FAIL, PASS, SKIP, CheckFailedError, CheckSkippedError
 
@@ -67,7 +69,9 @@ class Record:
 
 
 def said(error: BaseException) -> str:
-    """The kind and the first line of an error."""
+    """The kind and the first line of an error; qhub's own say what they are."""
+    if isinstance(error, QhubError):
+        return error.message
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
@@ -76,6 +80,7 @@ def main(folder: Path, mode: str) -> int:
     job = Job(**json.loads((folder / JOB).read_text(encoding="utf-8")))
     record = Record(folder / RESULTS)
     home = "declared" if mode in ("import", "declare", "missing") else "working"
+    warnings.simplefilter("ignore")  # of libraries; what checks look at they ask for
     work = importlib.import_module(f"qhub.testing.{home}").MODES[mode]
     guard = Guard.install(folder.parent)  # from here on: what was imported until now is not the plugin's doing
     work(job, record, folder)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -289,6 +288,3 @@ def _generates(runtime: Runtime, artifact: Path) -> None:
     found, expected = _with_session(runtime, artifact, use)
     if found != expected:
         raise CheckFailedError(f"it generated {found} where its own logits say {expected}")
-
-
-warnings.simplefilter("ignore")  # of libraries; what a plugin raises is caught

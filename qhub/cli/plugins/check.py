@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("plugin", metavar="[NAME|PATH]", required=False)
+@click.argument("plugin", metavar="[PLUGIN]", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.pass_obj
 def check(app: App, plugin: str | None, *, as_json: bool) -> ExitCode:
-    """Check that plugin NAME, or the one in folder PATH (default: this one), does what a plugin must."""
+    """Check that PLUGIN, a name or a folder (default: this one), does what a plugin must."""
     from qhub.testing import FAIL, find_subject, run_checks
 
     subject = find_subject(Path() if plugin is None else plugin)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qhub.errors import PluginError
+
 if TYPE_CHECKING:
     from qhub.interfaces import Component
     from qhub.plugins import PluginInfo, Plugins
@@ -24,7 +26,10 @@ def describe(info: PluginInfo, installed: Plugins) -> dict[str, Any]:
         row["offers"] = installed.components_of(info.name)
     except Exception as error:  # noqa: BLE001 - a plugin's own code
         return {**row, "state": f"broken: {type(error).__name__}: {error}"}
-    found = [_component(kind, name, installed) for kind, names in row["offers"].items() for name in names]
+    try:
+        found = [_component(kind, name, installed) for kind, names in row["offers"].items() for name in names]
+    except PluginError as error:  # two of one name: nobody's are used until one is gone
+        return {**row, "state": f"blocked: {error.message}"}
     row["components"] = [{"name": f"{kind[:-1]} {part.name}", "text": _text(part)} for kind, part in found if part is not None]
     return {**row, "state": _state(info, [part for _, part in found if part is not None])}
 
