@@ -155,11 +155,20 @@ def test_listing_starts_no_process_and_is_fast(toy, qhub):
     assert [row["name"] for row in json.loads(ran.out)["plugins"]] == ["toy"]
 
 
+HERE = """
+from qhub import Quantizer, hookimpl
+
+class Here(Quantizer):
+    name = "here"
+
+@hookimpl
+def qhub_quantizers():
+    return [Here()]
+"""
+
+
 def test_a_plugin_that_also_works_here_is_used_here(toy, toy_plugin, monkeypatch):
-    env = toy_plugin(
-        "toy",
-        "from qhub import Quantizer, hookimpl\n\nclass Here(Quantizer):\n    name = 'here'\n\n@hookimpl\ndef qhub_quantizers():\n    return [Here()]\n",
-    )
+    env = toy_plugin("toy", HERE)
     monkeypatch.syspath_prepend(env["PYTHONPATH"].split(os.pathsep)[1])
     with pytest.warns(PluginWarning, match=r"plugin `toy` is installed here and in `.*`: the one here is used"):
         assert list(Plugins.load().quantizers) == ["here"]
@@ -203,7 +212,7 @@ def test_disabled_plugins_are_left_alone(toy, monkeypatch):
 
 
 def test_an_environment_that_does_not_answer_in_time_is_an_error(toy):
-    with pytest.raises(PluginError, match="`toy` did not answer `packages` within 0.01 s"):
+    with pytest.raises(PluginError, match=r"`toy` did not answer `packages` within 0\.01 s"):
         ask(toy, ["packages"], timeout_s=0.01)
 
 

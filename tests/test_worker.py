@@ -142,5 +142,5 @@ def test_a_stand_in_answers_as_the_component_does(others, tmp_path, monkeypatch)
     assert runtime.formats == ("folder-1",)
     assert runtime.reject(Target("apple-m1", "", "macos", "aarch64")) is None
     assert runtime.reject(Target("host", "", "linux", "x86_64")) == "needs an M1"
-    with pytest.raises(PluginError, match="`engine` lives in the environment `others`, so `.*` cannot be opened in this process"):
+    with pytest.raises(PluginError, match=r"`engine` lives in the environment `others`, so `.*` cannot be opened in this process"):
         runtime.open(tmp_path)
