@@ -15,11 +15,14 @@ _HOMES = {
     "qhub.hookspecs": ("hookimpl",),
     "qhub.quiet": ("quiet_libraries",),
     "qhub.errors": ("ExitCode", "NoRouteError", "PluginError", "QhubError", "Unsupported", "UsageError"),
-    "qhub.interfaces": ("Block", "Component", "Exporter", "Group", "Quantizer", "Runtime", "Session", "Statistics"),
+    "qhub.interfaces": (
+        "Block", "Component", "Exporter", "Group", "ModelJob", "Quantizer", "Runtime", "Session", "Statistics", "WholeModel", "WholeResult",
+    ),
     "qhub.types": (
         "Artifact", "Estimates", "Fact", "Goals", "LayerShape", "ModelProfile", "ModelSource", "QuantizedModel", "Recipe",
         "Route", "Scheme", "Target",
     ),
+    "qhub.quantize.pack": ("pack", "unpack"),
     "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
     "qhub.quantize.grid": (
         "Grid", "better_rows", "fit_scales", "minmax_grid", "on_grid", "pick_rows", "quantize_rtn", "range_grid", "search_grid",
@@ -34,10 +37,23 @@ __all__ = ["__version__", *sorted(_HOME_OF)]
 if TYPE_CHECKING:
     from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
     from qhub.hookspecs import hookimpl
-    from qhub.interfaces import Block, Component, Exporter, Group, Quantizer, Runtime, Session, Statistics
+    from qhub.interfaces import (
+        Block,
+        Component,
+        Exporter,
+        Group,
+        ModelJob,
+        Quantizer,
+        Runtime,
+        Session,
+        Statistics,
+        WholeModel,
+        WholeResult,
+    )
     from qhub.quantize.grid import Grid, better_rows, fit_scales, minmax_grid, on_grid, pick_rows, quantize_rtn, range_grid, search_grid
     from qhub.quantize.layouts.writer import write_layout
     from qhub.quantize.linalg import compensate, lower_factor, output_loss, product, solve, turned
+    from qhub.quantize.pack import pack, unpack
     from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
     from qhub.quantize.store import QuantizedWeights, folder_digest
     from qhub.quiet import quiet_libraries

@@ -38,6 +38,11 @@ class Events:
         if self.listener is not None:
             self.listener(event)
 
+    def relay(self, event: dict[str, Any]) -> None:
+        """Hand on an event that another process has written to the file."""
+        if self.listener is not None:
+            self.listener(event)
+
     def note(self, text: str) -> None:
         """Something the user may like to know."""
         self.emit("note", text=text)

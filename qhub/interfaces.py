@@ -2,13 +2,16 @@
 
 A complete quantizer plugin, in one file:
 
-    from qhub import Quantizer, hookimpl, quantize_rtn
+    from qhub import Quantizer, hookimpl
 
     class Nearest(Quantizer):
         name = "nearest"
         summary = "round to nearest"
+        distribution = "qhub-nearest"
 
         def quantize_layer(self, weight, scheme, block):
+            from qhub import quantize_rtn  # imports torch: only where it is needed
+
             return quantize_rtn(weight, scheme, block.dtype)
 
     @hookimpl
@@ -18,7 +21,8 @@ A complete quantizer plugin, in one file:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -136,6 +140,8 @@ class Quantizer(Component):
     needs: frozenset[str] = frozenset()
     #: Whether `scale_group` may return a scale: then `a+b` takes a's scales and b's rounding.
     scales: ClassVar[bool] = False
+    #: Whether it takes the model as a whole (`WholeModel`), so that all of it is in memory at once.
+    whole: ClassVar[bool] = False
     #: option name → default; what a recipe's `options` may set.
     options: ClassVar[Mapping[str, Any]] = {}
 
@@ -174,6 +180,65 @@ class Quantizer(Component):
             block.keep(group, self.quantize_group(group, block))
 
 
+@dataclass(frozen=True)
+class ModelJob:
+    """What a method that takes a whole model is to do.
+
+    `source` is the float model's folder, not to be written to; `out` an empty folder for whatever the method makes; `ids`
+    (samples, tokens) int64 the calibration tokens, None if the method needs none; `schemes` the scheme of each layer to
+    quantize, by its full name in the model as transformers builds it: every other layer stays float.
+    """
+
+    source: Path
+    out: Path
+    ids: torch.Tensor | None
+    schemes: Mapping[str, Scheme]
+    float_layers: tuple[str, ...] = ()  # the linear layers of the blocks that are not in `schemes`
+    device: str = "cpu"
+
+
+class WholeResult(Protocol):
+    """What a whole-model method made, read one tensor at a time."""
+
+    def layer(self, name: str) -> QTensor:
+        """Layer `name` (as in `ModelJob.schemes`): its codes, scales and zeros as the method has them."""
+
+    def tensor_names(self) -> Iterable[str]:
+        """The names of all float tensors that there are, as the float model's files or transformers have them."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Float tensor `name`: a method may have changed it, as folding an input scale into a norm does."""
+
+
+class WholeModel(Quantizer):
+    """A method that takes the model as a whole, as other tools do; the core writes what it made, one block at a time.
+
+    It does not combine with other methods, and after an interruption it begins again unless `quantize_model` had ended.
+    A scale that 16 bits cannot hold is rounded to one that they can; the report says how many and how far.
+
+        class Tool(WholeModel):
+            name = "tool-gptq"
+
+            def quantize_model(self, job):
+                run_tool(job.source, job.ids, out=job.out)
+
+            def read_result(self, out):
+                return ToolFolder(out)
+    """
+
+    whole: ClassVar[bool] = True
+    #: The tokens themselves, not statistics of them; empty for a method that looks at no data.
+    needs = frozenset({"tokens"})
+
+    def quantize_model(self, job: ModelJob) -> None:
+        """Quantize the model, leaving in `job.out` what `read_result` reads. Called once; must be deterministic."""
+        raise NotImplementedError
+
+    def read_result(self, out: Path) -> WholeResult:
+        """Open what `quantize_model` left in `out`, perhaps in another process."""
+        raise NotImplementedError
+
+
 class Exporter(Component):
     """A file format. Says which schemes it carries exactly, and refuses the rest with a reason."""
 
@@ -186,6 +251,13 @@ class Exporter(Component):
     def export(self, model: QuantizedModel, out: Path, recipe: Recipe) -> Artifact:
         """Write the artifact into the empty directory `out`. Called once, after quantization."""
         raise NotImplementedError
+
+    def read_layers(self, path: Path) -> Mapping[str, QTensor] | None:
+        """The quantized layers of the artifact at `path`, read back from its files; None if only a runtime can tell.
+
+        Called to prove that the format carries the codes, scales and zeros exactly.
+        """
+        return None
 
 
 class Session(Protocol):

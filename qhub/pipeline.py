@@ -14,16 +14,17 @@ from typing import Any
 from qhub import preflight, texts
 from qhub.errors import DamagedModelError, NoRouteError, QhubError, Unsupported, UsageError
 from qhub.events import Events
+from qhub.isolation.apart import check_apart, execute_at_home, versions_now
 from qhub.plugins import Plugins, missing_modules
 from qhub.prove.report import FILE, Report, load
 from qhub.quiet import quiet_libraries
 from qhub.route.profile import profile, resolve
-from qhub.route.recipe import FLOAT, Choices, folder_sha256, from_yaml, make_recipe, to_yaml, versions
+from qhub.route.recipe import FLOAT, Choices, folder_sha256, from_yaml, make_recipe, to_yaml
 from qhub.route.recommend import named, recommend
 from qhub.route.registry import find_target, load_registry
 from qhub.route.ways import read_wanted
 from qhub.rundir import RECIPE, STATE, RunDir, Settings, locked
-from qhub.stage import STAGES, execute
+from qhub.stage import STAGES
 from qhub.types import Goals, ModelProfile, ModelSource, Recipe, Route, Scheme
 
 SAMPLES, EVALUATION_SAMPLES, SEQ_LEN = 64, 60, 512
@@ -80,11 +81,11 @@ def plan(request: RunRequest, plugins: Plugins) -> Plan:
     route = _route(request, found, goals, plugins)
     preflight.check_model(found)
     there = replace(source, path=source.path.resolve())  # a run may be resumed from another folder
-    recipe = make_recipe(there, route, goals, _choices(request, source, found, route, plugins))
+    recipe = check_apart(make_recipe(there, route, goals, _choices(request, source, found, route, plugins)), found, plugins)
     preflight.check_overrides(found, recipe, plugins)
     for data in (recipe.calibration, recipe.evaluation):
         preflight.check_text(data)
-    return _checked(request, recipe, _with_warning(route, texts.borrowed(recipe, plugins)), found)
+    return _checked(request, recipe, _with_warnings(route, recipe, plugins), found)
 
 
 def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
@@ -99,10 +100,11 @@ def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
     route = replace(route, exporter=recipe.exporter, runtime=recipe.runtime)
     preflight.check_model(found)
     preflight.check_options(recipe, plugins)
+    check_apart(recipe, found, plugins)
     preflight.check_overrides(found, recipe, plugins)
     for data in (recipe.calibration, recipe.evaluation):
         preflight.check_text(data, recorded=True)
-    return _checked(request, recipe, _with_warning(route, texts.borrowed(recipe, plugins)), found)
+    return _checked(request, recipe, _with_warnings(route, recipe, plugins), found)
 
 
 def _model_of(request: RunRequest, recipe: Recipe, path: Path, plugins: Plugins) -> ModelSource:
@@ -139,8 +141,12 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"`{path}`: {error.message}", hint=error.hint) from None
 
 
-def _with_warning(route: Route, text: str | None) -> Route:
-    return route if text is None else replace(route, warnings=(*route.warnings, text))
+def _with_warnings(route: Route, recipe: Recipe, plugins: Plugins) -> Route:
+    """The route with what is to be said of texts that were borrowed, and of a method whose memory cannot be told."""
+    method = plugins.quantizers.get(recipe.method)
+    whole = f"`{recipe.method}` holds the whole model in memory, which the memory said to be needed does not count"
+    said = (texts.borrowed(recipe, plugins), whole if method is not None and method.whole else None)
+    return replace(route, warnings=(*route.warnings, *(text for text in said if text is not None)))
 
 
 def _checked(request: RunRequest, recipe: Recipe, route: Route, found: ModelProfile) -> Plan:
@@ -282,7 +288,7 @@ def run(found: Plan, plugins: Plugins, events: Events, *, resume: bool = False) 
         try:
             for name in STAGES:
                 if name not in directory.done:
-                    directory = execute(name, directory, plugins, events)
+                    directory = execute_at_home(name, directory, plugins, events)
         except Exception as error:
             if isinstance(error, DamagedModelError) or not (resume or directory.holds_results):
                 directory.discard()
@@ -301,7 +307,7 @@ def _directory(found: Plan, events: Events, *, resume: bool) -> RunDir:
     recipe = to_yaml(replace(found.recipe, versions=began.versions))
     directory = RunDir(found.out).tidy()
     directory = directory.create(found.out, settings, recipe, done=_done(found.out))
-    now = versions(began.versions)
+    now = versions_now(began.versions)
     changed = [f"{name} {old} → {now.get(name, 'none')}" for name, old in began.versions.items() if now.get(name) != old]
     if changed and directory.holds_results:
         text = "installed versions changed since this run began, so its bytes may differ from an uninterrupted run's"

@@ -7,24 +7,29 @@ import difflib
 import importlib.util
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
 from qhub import hookspecs
-from qhub.errors import PluginError, UsageError
+from qhub.errors import PluginError, QhubError, UsageError
 from qhub.interfaces import Component, Exporter, Quantizer, Runtime
+from qhub.isolation.environments import Environment, find_environments
+from qhub.isolation.proxies import ApartPlugin
 from qhub.types import ModelSource, Target
 
 if TYPE_CHECKING:
     import click
 
 GROUP = "qhub"
+SLOW_S = 1.0  # an import that takes longer is said; a light one takes a hundredth of that
 _T = TypeVar("_T")
 
 
@@ -34,13 +39,14 @@ class PluginWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class PluginInfo:
-    """One discovered entry point: `error` is None when it loaded."""
+    """One discovered plugin: `error` is None when it loaded, `environment` the folder it lives in when that is not this one."""
 
     name: str
     distribution: str
     version: str
     module: str
     error: str | None = None
+    environment: Path | None = None
 
 
 @dataclass
@@ -52,9 +58,10 @@ class Plugins:
 
     @classmethod
     def load(cls, entry_points: Iterable[metadata.EntryPoint] | None = None) -> Plugins:
-        """Load every allowed entry point of group `qhub`, each in its own try.
+        """Load every allowed entry point of group `qhub`, each in its own try, then what lives in environments of its own.
 
-        `QHUB_PLUGINS=a,b` loads only those (empty: none); `QHUB_DISABLED_PLUGINS=a,b` blocks those.
+        `QHUB_PLUGINS=a,b` loads only those (empty: none); `QHUB_DISABLED_PLUGINS=a,b` blocks those. Given entry points, only
+        those are loaded.
         """
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
@@ -63,16 +70,46 @@ class Plugins:
         for point in sorted(found, key=lambda point: point.name):
             if _allowed(point.name):
                 plugins._add(point)
+        for environment in find_environments() if entry_points is None else ():
+            if _allowed(environment.name):
+                plugins._add_apart(environment)
         return plugins
 
     def _add(self, point: metadata.EntryPoint) -> None:
         distribution = point.dist.name if point.dist else point.value.partition(".")[0]
         version = point.dist.version if point.dist else "unknown"
+        started = time.perf_counter()
         error = self._register(point)
+        seconds = time.perf_counter() - started
         self.infos.append(PluginInfo(point.name, distribution, version, point.value, error))
         if error is not None:
             text = f"plugin `{point.name}` of `{distribution}` was left out: {error}"
             warnings.warn(text, PluginWarning, stacklevel=3)
+        elif seconds > SLOW_S:
+            why = f"took {seconds:.1f} s to import; `QHUB_DISABLED_PLUGINS={point.name}` goes without it"
+            warnings.warn(f"plugin `{point.name}` of `{distribution}` {why}", PluginWarning, stacklevel=3)
+
+    def _add_apart(self, environment: Environment) -> None:
+        """Stand-ins for what an environment's plugin declared; one that also works here is used here."""
+        here = next((info for info in self.infos if info.name == environment.name), None)
+        if here is not None and here.error is None:
+            text = f"plugin `{here.name}` is installed here and in `{environment.folder}`: the one here is used"
+            warnings.warn(text, PluginWarning, stacklevel=3)
+            return
+        self.infos = [info for info in self.infos if info is not here]
+        try:
+            plugin = ApartPlugin(environment)
+        except QhubError as error:
+            self._leave_out_apart(environment, error)
+            return
+        self.manager.register(plugin, name=environment.name)
+        found = PluginInfo(environment.name, plugin.distribution, plugin.version, "", environment=environment.folder)
+        self.infos = sorted([*self.infos, found], key=lambda info: info.name)
+
+    def _leave_out_apart(self, environment: Environment, error: QhubError) -> None:
+        self.infos.append(PluginInfo(environment.name, environment.name, "unknown", "", error.message, environment.folder))
+        text = f"plugin `{environment.name}` in an environment of its own was left out: {error.message}; {error.hint}"
+        warnings.warn(text, PluginWarning, stacklevel=4)
 
     def _register(self, point: metadata.EntryPoint) -> str | None:
         module: Any = None

@@ -73,8 +73,9 @@ class RunDir:
 
     @property
     def holds_results(self) -> bool:
-        """Whether a block or a stage is finished: without one there is nothing that resuming would save."""
-        return bool(self.done) or self.quantized.exists() or any(self.work.glob("block-*.json"))
+        """Whether a block, a whole model or a stage is finished: without one there is nothing that resuming would save."""
+        unfinished = (*self.work.glob("block-*.json"), *self.work.glob("whole"))
+        return bool(self.done) or self.quantized.exists() or bool(unfinished)
 
     @classmethod
     def open(cls, path: Path) -> RunDir:

@@ -18,7 +18,7 @@ from typing import Any
 
 from qhub.errors import PluginError, QhubError, UsageError
 from qhub.events import Events
-from qhub.interfaces import Exporter, Quantizer
+from qhub.interfaces import Exporter, Quantizer, WholeModel
 from qhub.plugins import Plugins, missing_modules, suggest
 from qhub.quiet import quiet_libraries
 from qhub.route.recipe import FLOAT, digest, from_yaml
@@ -34,6 +34,7 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
 
     from qhub.quantize.store import finish
     from qhub.quantize.walk import WalkPlan, clean, walk
+    from qhub.quantize.whole import quantize_whole
     from qhub.skeleton import model_config
 
     if run.quantized.exists():  # the process ended after the rename, before the state was saved
@@ -58,7 +59,7 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
         max_memory_bytes=run.settings.max_memory_bytes,
         trust_remote_code=run.settings.trust_remote_code,
     )
-    result = walk(plan, events)
+    result = quantize_whole(plan, quantizer, events) if isinstance(quantizer, WholeModel) else walk(plan, events)
     if not result.schemes:
         raise QhubError("no layer was quantized: every one is kept in float", hint="check the overrides of the recipe")
     metadata = {
@@ -246,16 +247,20 @@ def as_system_error(error: Exception) -> Exception | None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m qhub.stage NAME RUN_DIR`: run one stage, with progress as JSON lines on stdout."""
+    """`python -m qhub.stage NAME RUN_DIR`: run one stage, with progress as JSON lines on stdout; a failure is the last of them."""
     if len(arguments) != 2 or arguments[0] not in STAGES:
         print(f"usage: python -m qhub.stage {{{','.join(STAGES)}}} RUN_DIR", file=sys.stderr)
         return 2
     stdout = sys.stdout  # stages have theirs redirected
+
+    def tell(event: dict[str, Any]) -> None:
+        print(json.dumps(event), file=stdout, flush=True)
+
     try:
         run = RunDir.open(Path(arguments[1]))
-        events = Events(run.events, lambda event: print(json.dumps(event), file=stdout, flush=True))
-        execute(arguments[0], run, Plugins.load(), events)
+        execute(arguments[0], run, Plugins.load(), Events(run.events, tell))
     except QhubError as error:
+        tell({"event": "error", "kind": type(error).__name__, "message": error.message, "hint": error.hint})
         print(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return int(error.exit_code)
     return 0

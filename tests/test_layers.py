@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("types", "errors", "events", "weights", "units", "tokens", "spool", "skeleton"),
     ("interfaces", "hookspecs", "quantize.qtensor"),
-    ("plugins", "quiet"),
+    ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
-    ("rundir", "texts", "preflight", "pipeline", "stage", "convert"),
-    ("tune", "testing"),
+    ("rundir", "texts", "preflight", "pipeline", "stage", "worker", "isolation.apart", "convert"),
+    ("tune", "testing", "scaffold"),
     ("cli", "__main__"),
 )
 SIBLINGS_ALLOWED = {("prove", "quantize.store"), ("prove", "quantize.layouts.reader")}
-PLUGINS = ("awq", "demo", "gptq", "hf", "rtn")
+PLUGINS = ("awq", "demo", "gptq", "hf", "inc", "llmcompressor", "rtn")
 
 
 def imports_of(file: Path) -> Iterator[str]:

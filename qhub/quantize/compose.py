@@ -45,12 +45,15 @@ class Composite(Quantizer):
 def compose(parts: list[Quantizer]) -> Quantizer:
     """One quantizer from one or two.
 
-    :raises UsageError: when there are more, or the first does not scale.
+    :raises UsageError: when there are more, the first does not scale, or one takes the whole model.
     """
     if len(parts) == 1:
         return parts[0]
     if len(parts) != 2:
         message = f"cannot combine `{len(parts)}` quantizers: {', '.join(part.name for part in parts)}"
         raise UsageError(message, hint="combine one that scales with one that rounds, e.g. `--plugin awq --plugin gptq`")
+    whole = next((part.name for part in parts if part.whole), None)
+    if whole is not None:
+        raise UsageError(f"`{whole}` takes the whole model and combines with no other method", hint=f"use `--plugin {whole}` alone")
     first, second = sorted(parts, key=lambda part: not part.scales)
     return Composite(first, second)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class _Walk:
                     special[f"{prefix}.{name}"] = type(block.get_submodule(name)).__name__
                 if inputs % (scheme.group_size or inputs):
                     bad.append((f"{prefix}.{name}", inputs, scheme))
-        _refuse_undividable(bad)
+        refuse_undividable(bad)
         _refuse_mixture(special, schemes)
         self.skeleton.check_blocks()
         self.plain_zeros = has_plain_zeros(schemes)
@@ -262,7 +263,11 @@ class _Walk:
             raise QhubError(message, hint="go on with `--resume` and a larger `--max-memory`, or with fewer `--samples`")
 
 
-def _refuse_undividable(bad: Sequence[tuple[str, int, Scheme]]) -> None:
+def refuse_undividable(bad: Sequence[tuple[str, int, Scheme]]) -> None:
+    """Refuse layers, each as (name, inputs, scheme), whose inputs their group size does not divide.
+
+    :raises Unsupported: naming all of them, when there are any.
+    """
     if bad:
         named = ", ".join(f"`{name}` ({inputs} inputs, {scheme})" for name, inputs, scheme in bad)
         message = f"the group size does not divide the inputs of {named}"
@@ -309,3 +314,5 @@ def clean(work: Path) -> None:
     for pattern in ("*.hidden", "*.spool", "*.partial", "block-*.json"):
         for path in work.glob(pattern):
             os.unlink(path)
+    for name in ("whole", "whole.growing"):  # what a method that takes the whole model left
+        shutil.rmtree(work / name, ignore_errors=True)

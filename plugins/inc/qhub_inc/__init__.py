@@ -1,0 +1,1 @@
+"""Intel Neural Compressor's methods for qhub."""

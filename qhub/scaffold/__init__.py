@@ -1,0 +1,1 @@
+"""Writes new plugins from the files in `templates/`."""
