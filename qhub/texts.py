@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qhub.errors import UsageError
@@ -28,6 +29,37 @@ def of_run(source: ModelSource, given: tuple[str | None, str | None], plugins: P
         what, option = ("calibration", "--calib") if calibration is None else ("evaluation", "--eval")
         raise UsageError(f"`{source.name}` brings no {what} text", hint=f"give one: `{option} TEXT` {_KINDS}")
     return calibration, evaluation
+
+
+def again(recipe: Recipe, source: ModelSource, given: tuple[str | None, str | None], plugins: Plugins) -> Recipe:
+    """`recipe` with its texts where they are now: `given`, else where they were, else a brought text of the same content.
+
+    :raises UsageError: when a text is given and does not exist, or the recipe has no use for it.
+    """
+    brought = tuple(_brought(source, plugins))
+    calibration = _again("calibration", recipe.calibration, given[0], brought)
+    return replace(recipe, calibration=calibration, evaluation=_again("evaluation", recipe.evaluation, given[1], brought))
+
+
+def _again(name: str, data: Calibration | None, given: str | None, brought: tuple[Path, ...]) -> Calibration | None:
+    if data is None:
+        if given is not None:
+            raise UsageError(f"the recipe uses no {name} text: `{given}` would change nothing", hint="leave it out")
+        return None
+    if given is not None:
+        found = _first(given, {})
+        return data if found is None else replace(data, data=str(found.resolve()))
+    if Path(data.data).is_file():
+        return data
+    same = (path for path in brought if path.is_file() and file_sha256(path) == data.data_sha256)
+    return replace(data, data=str(next(same, Path(data.data))))
+
+
+def _brought(source: ModelSource, plugins: Plugins) -> Iterator[Path]:
+    """Every text that comes with the model, or with a plugin."""
+    yield from (source.path / "calibration.txt", source.path / "heldout.txt")
+    for model in plugins.models.values():
+        yield from (path for path in (model.calibration, model.evaluation) if path is not None)
 
 
 def borrowed(recipe: Recipe, plugins: Plugins) -> str | None:

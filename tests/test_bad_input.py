@@ -425,7 +425,7 @@ CASES = (
         **RESUME),
     Case("resume without the text", both(interrupted, lambda here: (here / "text.txt").unlink()), 2,
         "data file `{here}/text.txt` does not exist",
-        "give a text, .jsonl or .parquet file",
+        "say where it is: `--calib TEXT`",
         **RESUME),
     # The recipe is none.
     Case("a recipe that is not YAML", written("recipe.yaml", "model: ["), 2,

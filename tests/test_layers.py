@@ -16,7 +16,7 @@ LAYERS = (
     ("interfaces", "hookspecs", "quantize.qtensor"),
     ("plugins", "quiet"),
     ("route", "quantize", "prove"),
-    ("rundir", "texts", "preflight", "pipeline", "stage"),
+    ("history", "rundir", "texts", "preflight", "expect", "pipeline", "stage", "reproduce"),
     ("tune", "testing"),
     ("cli", "__main__"),
 )

@@ -47,7 +47,7 @@ def detect() -> Target:
     arch = _MACHINES.get(platform.machine(), platform.machine())
     facts = _sysctl() if system == "macos" else _cpuinfo()
     memory = _memory_bytes(facts)
-    model = facts.get("model", "unknown CPU")
+    model = facts["model"]
     return Target(
         name="host",
         summary=f"this machine: {model}, {platform.system()} {arch}",
@@ -92,9 +92,13 @@ def measure_bandwidth(seconds: float = 0.5) -> Fact:
             best = min(best, time.perf_counter() - started)
     source = f"measured on this machine: {threads} threads read {_MEASURED_BYTES >> 20} MiB with numpy"
     fact = Fact(round(_MEASURED_BYTES / best), source, date.today().isoformat())
-    model = (_sysctl() if sys.platform == "darwin" else _cpuinfo()).get("model", "unknown CPU")
-    _store(model, fact)
+    _store(cpu_model(), fact)
     return fact
+
+
+def cpu_model() -> str:
+    """The name that this machine's processor gives itself."""
+    return (_sysctl() if sys.platform == "darwin" else _cpuinfo())["model"]
 
 
 def cache_file() -> Path:
