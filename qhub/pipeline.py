@@ -286,12 +286,12 @@ def run(found: Plan, plugins: Plugins, events: Events, *, resume: bool = False) 
     with locked(found.out):
         preflight.check_out(found.out, found.recipe, resume=resume)  # again: another process may have been faster
         directory = _directory(found, events, resume=resume)
-        if "report" not in directory.done and not (directory.path / EXPECTED).exists():
-            directory.work.mkdir(exist_ok=True)
-            directory.write(EXPECTED, as_json(found.expected))
         for text in found.route.warnings:
             events.emit("warning", text=text, said=True)
         try:
+            if "report" not in directory.done and not (directory.path / EXPECTED).exists():
+                directory.work.mkdir(exist_ok=True)
+                directory.write(EXPECTED, as_json(found.expected))
             for name in STAGES:
                 if name not in directory.done:
                     directory = execute(name, directory, plugins, events)

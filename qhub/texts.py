@@ -36,23 +36,20 @@ def again(recipe: Recipe, source: ModelSource, given: tuple[str | None, str | No
 
     :raises UsageError: when a text is given and does not exist, or the recipe has no use for it.
     """
-    brought = tuple(_brought(source, plugins))
-    calibration = _again("calibration", recipe.calibration, given[0], brought)
-    return replace(recipe, calibration=calibration, evaluation=_again("evaluation", recipe.evaluation, given[1], brought))
 
+    def now(name: str, data: Calibration | None, path: str | None) -> Calibration | None:
+        if path is not None:
+            found = _first(path, {model.name: getattr(model, name) for model in plugins.models.values()})
+            if data is None:
+                raise UsageError(f"the recipe uses no {name} text: `{path}` would change nothing", hint="leave it out")
+            return replace(data, data=str(found.resolve())) if found else data
+        if data is None or Path(data.data).is_file():
+            return data
+        same = (text for text in _brought(source, plugins) if text.is_file() and file_sha256(text) == data.data_sha256)
+        return replace(data, data=str(next(same, Path(data.data)).resolve()))
 
-def _again(name: str, data: Calibration | None, given: str | None, brought: tuple[Path, ...]) -> Calibration | None:
-    if data is None:
-        if given is not None:
-            raise UsageError(f"the recipe uses no {name} text: `{given}` would change nothing", hint="leave it out")
-        return None
-    if given is not None:
-        found = _first(given, {})
-        return data if found is None else replace(data, data=str(found.resolve()))
-    if Path(data.data).is_file():
-        return data
-    same = (path for path in brought if path.is_file() and file_sha256(path) == data.data_sha256)
-    return replace(data, data=str(next(same, Path(data.data))))
+    calibration = now("calibration", recipe.calibration, given[0])
+    return replace(recipe, calibration=calibration, evaluation=now("evaluation", recipe.evaluation, given[1]))
 
 
 def _brought(source: ModelSource, plugins: Plugins) -> Iterator[Path]:
