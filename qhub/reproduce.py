@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qhub.quantize.store import QuantizedWeights
 
 FILE = "reproduction.json"
+UNREADABLE = "unreadable"
 _ABSENT = "absent"
 
 
@@ -44,7 +45,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How many numbers of one tensor differ. `part` is codes, scales, zeros, or float for a tensor that is not quantized."""
+    """How many numbers of one tensor differ. `part` is codes, scales, zeros, float (not quantized) or unreadable."""
 
     layer: str
     part: str
@@ -228,7 +229,7 @@ class _Tensors:
 
         try:
             return cls((QuantizedWeights(before), QuantizedWeights(after)))
-        except (QhubError, OSError):
+        except (QhubError, OSError, KeyError):
             return cls(None)  # that its files differ is said
 
     @property
@@ -242,18 +243,25 @@ class _Tensors:
             return
         first, second = self.pair
         for name in (name for name in first if _file_of(first, name) == shard and name in second):
-            layer = name.removesuffix(".weight")
-            quantized = layer in first.schemes and layer in second.schemes
-            for part, one, other in _parts(first, second, layer) if quantized else [("float", first.read(name), second.read(name))]:
-                count = max(one.numel(), other.numel())
-                different = _different(one, other) if one.shape == other.shape else count
-                if different:
-                    yield TensorDifference(layer, part, count, different)
+            try:
+                yield from _tensor_differences(first, second, name)
+            except (RuntimeError, ValueError, LookupError):  # parts of a tensor that do not fit together
+                yield TensorDifference(name.removesuffix(".weight"), UNREADABLE, 0, 0)
 
 
 def _file_of(weights: QuantizedWeights, name: str) -> str:
     stored = name if name in weights.files else f"{name.removesuffix('.weight')}.weight_packed"
     return weights.files[stored].file.name
+
+
+def _tensor_differences(first: QuantizedWeights, second: QuantizedWeights, name: str) -> Iterator[TensorDifference]:
+    layer = name.removesuffix(".weight")
+    quantized = layer in first.schemes and layer in second.schemes
+    for part, one, other in _parts(first, second, layer) if quantized else [("float", first.read(name), second.read(name))]:
+        count = max(one.numel(), other.numel())
+        different = _different(one, other) if one.shape == other.shape else count
+        if different:
+            yield TensorDifference(layer, part, count, different)
 
 
 def _parts(first: QuantizedWeights, second: QuantizedWeights, layer: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -207,6 +207,22 @@ def test_a_file_that_is_gone_or_cut_is_named(here, plugins):
     assert (found.layers, found.compared["tensors"]) == ((), 0)
 
 
+def test_a_layer_whose_parts_do_not_fit_together_is_named(here, plugins):
+    path = here / "run" / "quantized" / spoil(here / "run", f"{UP}.weight_packed", 1)
+    tensors = load_file(path)
+    tensors[f"{UP}.weight_packed"] = tensors[f"{UP}.weight_packed"].flatten()
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert repeated(here, plugins).layers == (reproduce.TensorDifference(UP, reproduce.UNREADABLE, 0, 0),)
+
+
+def test_numbers_of_a_float_tensor_that_differ_are_counted(here, plugins):
+    path = here / "run" / "quantized" / "model-00001-of-00003.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][:5] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert repeated(here, plugins).layers == (reproduce.TensorDifference("model.norm", "float", 64, 5),)
+
+
 def test_of_a_json_file_the_keys_that_differ_are_named(here, plugins):
     path = here / "run" / "quantized" / "qhub.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "notes": {"x": "y"}, "extra": 1}))

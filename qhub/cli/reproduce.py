@@ -84,7 +84,8 @@ def _short(text: str) -> str:
 
 def _layer_rows(found: Reproduction) -> Iterator[tuple[str, ...]]:
     for row in found.layers:
-        yield ("layer", row.layer, "", f"{row.different} of {row.count} {row.part} differ")
+        what = f"{row.different} of {row.count} {row.part} differ" if row.count else "cannot be read"
+        yield ("layer", row.layer, "", what)
 
 
 def verdict(found: Reproduction) -> str:
