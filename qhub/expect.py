@@ -10,6 +10,7 @@ from typing import Any
 from qhub import history
 from qhub.history import Entry, key_of
 from qhub.prove.report import Report
+from qhub.route.host import detect
 from qhub.route.registry import HOST
 from qhub.types import ModelProfile, Recipe, Route
 
@@ -28,9 +29,9 @@ class Expectation:
     basis: str
 
 
-def expect(found: ModelProfile, recipe: Recipe, plain: Mapping[str, float | None], device: str) -> tuple[Expectation, ...]:
+def expect(found: ModelProfile, recipe: Recipe, plain: Mapping[str, float | None], engine: str) -> tuple[Expectation, ...]:
     """What quantizing by `recipe` will take on this machine; `plain` are the sizes that `preflight.estimate` says."""
-    key, work = _key(found, recipe, device)
+    key, work = _key(found, recipe, engine)
     peak = float(plain["peak_bytes"] or 0)
     earlier = history.load()
     here = history.machine() if earlier else ""
@@ -46,12 +47,18 @@ def expect(found: ModelProfile, recipe: Recipe, plain: Mapping[str, float | None
     )
 
 
-def _key(found: ModelProfile, recipe: Recipe, device: str) -> tuple[str, float]:
+def engine_of(device: str, *, bounded: bool) -> str:
+    """What computes, for runs to be alike: without an accelerator `auto` is the processor; a bound on memory changes what is kept."""
+    name = "cpu" if device == "auto" and not detect().accelerators else device
+    return f"{name} bounded" if bounded else name
+
+
+def _key(found: ModelProfile, recipe: Recipe, engine: str) -> tuple[str, float]:
     """Which runs are alike, and the work of this one."""
     tokens = 0 if recipe.calibration is None else recipe.calibration.samples * recipe.calibration.seq_len
     weights = sum(math.prod(layer.shape) for layer in found.linears())
     options = [f"+{name}.{key}={value}" for name, given in sorted(recipe.options.items()) for key, value in sorted(given.items())]
-    return key_of("".join([recipe.method, *options]), recipe.scheme, device, weights, tokens), float(weights * (tokens + 1))
+    return key_of("".join([recipe.method, *options]), recipe.scheme, engine, weights, tokens), float(weights * (tokens + 1))
 
 
 def expect_speed(recipe: Recipe, route: Route) -> tuple[Expectation, ...]:

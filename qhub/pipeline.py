@@ -14,7 +14,7 @@ from typing import Any
 from qhub import history, preflight, texts
 from qhub.errors import DamagedModelError, NoRouteError, QhubError, Unsupported, UsageError
 from qhub.events import Events
-from qhub.expect import Expectation, expect, expect_speed, learned, read
+from qhub.expect import Expectation, engine_of, expect, expect_speed, learned, read
 from qhub.plugins import Plugins, missing_modules
 from qhub.prove.report import FILE, Report, load
 from qhub.quiet import quiet_libraries
@@ -156,8 +156,8 @@ def _checked(request: RunRequest, recipe: Recipe, route: Route, found: ModelProf
     preflight.check_disk(out, int(needs["disk_bytes"] or 0))
     preflight.check_out(out, recipe, resume=request.resume)
     preflight.check_memory(found, recipe, int(needs["peak_bytes"] or 0), request.max_memory_bytes)
-    device = request.device + ("" if request.max_memory_bytes is None else " bounded")
-    expected = (*expect(found, recipe, needs, device), *expect_speed(recipe, route))
+    engine = engine_of(request.device, bounded=request.max_memory_bytes is not None)
+    expected = (*expect(found, recipe, needs, engine), *expect_speed(recipe, route))
     figures = {item.what: item.value for item in expected if item.what in needs}
     return Plan(recipe, route, found, out, _settings(request), {**needs, **figures}, _finish(route, found), expected)
 

@@ -10,10 +10,11 @@ from test_preflight import RECIPE
 from test_report import REPORT
 
 from qhub import history
-from qhub.expect import Expectation, expect, expect_speed, learned, read
+from qhub.expect import Expectation, engine_of, expect, expect_speed, learned, read
 from qhub.history import Entry, key_of
 from qhub.plugins import Plugins
 from qhub.prove.report import EstimateResult
+from qhub.route.host import detect
 from qhub.route.profile import profile
 from qhub.types import Estimates, ModelSource, Route, as_json
 
@@ -75,6 +76,12 @@ def test_runs_of_another_kind_do_not_correct(small, remembered, recipe, device):
     assert figures(small, RECIPE, PLAIN, "auto")["peak_bytes"].value == 2500
     assert figures(small, recipe, PLAIN, device)["peak_bytes"].value == 5000
     assert figures(small, recipe, PLAIN, device)["seconds"].value is None
+
+
+def test_without_an_accelerator_automatic_is_the_processor():
+    assert engine_of("auto", bounded=False) == ("auto" if detect().accelerators else "cpu")
+    assert engine_of("cuda", bounded=False) == "cuda"
+    assert engine_of("cpu", bounded=True) == "cpu bounded"
 
 
 def test_who_wants_no_history_gets_plain_estimates(small, remembered, monkeypatch):
