@@ -11,21 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qhub import preflight, texts
+from qhub import history, preflight, texts
 from qhub.errors import DamagedModelError, NoRouteError, QhubError, Unsupported, UsageError
 from qhub.events import Events
-from qhub.isolation.apart import check_apart, execute_at_home, versions_now
+from qhub.expect import Expectation, engine_of, expect, expect_speed, learned, read
+from qhub.isolation.apart import check_apart, execute_at_home
 from qhub.plugins import Plugins, missing_modules
 from qhub.prove.report import FILE, Report, load
 from qhub.quiet import quiet_libraries
+from qhub.route.circumstances import changes, distributions, hardware, in_words, installed
 from qhub.route.profile import profile, resolve
-from qhub.route.recipe import FLOAT, Choices, folder_sha256, from_yaml, make_recipe, to_yaml
+from qhub.route.recipe import FLOAT, Choices, from_yaml, make_recipe, to_yaml
 from qhub.route.recommend import named, recommend
 from qhub.route.registry import find_target, load_registry
 from qhub.route.ways import read_wanted
-from qhub.rundir import RECIPE, STATE, RunDir, Settings, locked
+from qhub.rundir import EXPECTED, RECIPE, STATE, RunDir, Settings, locked
 from qhub.stage import STAGES
-from qhub.types import Goals, ModelProfile, ModelSource, Recipe, Route, Scheme
+from qhub.types import Goals, ModelProfile, ModelSource, Recipe, Route, Scheme, as_json
 
 SAMPLES, EVALUATION_SAMPLES, SEQ_LEN = 64, 60, 512
 
@@ -65,6 +67,7 @@ class Plan:
     settings: Settings
     estimate: dict[str, int | float | None]
     finish: str | None = None  # which plugin would take the result to the target, where nothing installed does
+    expected: tuple[Expectation, ...] = ()  # the estimate, where this machine's history corrected it; refusals do not depend on it
 
 
 def plan(request: RunRequest, plugins: Plugins) -> Plan:
@@ -92,7 +95,12 @@ def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
     """The plan of a recipe that exists."""
     recipe = read_recipe(path)
     source = _model_of(request, recipe, path, plugins)
-    recipe = replace(recipe, model_path=str(source.path))
+    there = replace(recipe, model_path=str(source.path))
+    there = texts.again(there, source, (request.calib, request.eval), plugins)
+    preflight.check_inputs(there, path)
+    changed = () if request.resume else changes(recipe)
+    used = distributions({*recipe.method.split("+"), recipe.exporter, recipe.runtime, recipe.model}, plugins)
+    recipe = replace(there, versions=installed(used), hardware=hardware())
     found = profile(source, plugins)
     wanted = tuple(name for name in (*recipe.method.split("+"), recipe.exporter) if name)
     again = replace(request, plugins=wanted, target=recipe.target, scheme=recipe.scheme)
@@ -100,17 +108,16 @@ def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
     route = replace(route, exporter=recipe.exporter, runtime=recipe.runtime)
     preflight.check_model(found)
     preflight.check_options(recipe, plugins)
-    check_apart(recipe, found, plugins)
+    recipe = check_apart(recipe, found, plugins)
     preflight.check_overrides(found, recipe, plugins)
-    for data in (recipe.calibration, recipe.evaluation):
-        preflight.check_text(data, recorded=True)
-    return _checked(request, recipe, _with_warnings(route, recipe, plugins), found)
+    said = f"not all is as `{path}` was written with, so bytes may differ: {in_words(changed)}" if changed else None
+    return _checked(request, recipe, _with_warnings(route, recipe, plugins, said), found)
 
 
 def _model_of(request: RunRequest, recipe: Recipe, path: Path, plugins: Plugins) -> ModelSource:
     """The model of a recipe: where the user says, else where it was.
 
-    :raises QhubError: when it is not there, or not the same.
+    :raises QhubError: when it is not there.
     """
     there = Path(recipe.model_path)
     if request.model is not None:
@@ -122,9 +129,6 @@ def _model_of(request: RunRequest, recipe: Recipe, path: Path, plugins: Plugins)
     if not source.path.is_dir():
         message = f"the model of `{path}` is no longer at `{source.path}`"
         raise QhubError(message, hint=f"say where it is: `qhub run MODEL --recipe {path}{' --resume' if request.resume else ''}`")
-    if folder_sha256(source.path) != recipe.model_sha256:
-        message = f"the model at `{source.path}` is not the one that `{path}` was written for (its sha256 differs)"
-        raise QhubError(message, hint=f"get the same files again, or start a new run: `qhub run {source.path}`")
     return replace(source, path=source.path.resolve())
 
 
@@ -141,11 +145,11 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"`{path}`: {error.message}", hint=error.hint) from None
 
 
-def _with_warnings(route: Route, recipe: Recipe, plugins: Plugins) -> Route:
-    """The route with what is to be said of texts that were borrowed, and of a method whose memory cannot be told."""
+def _with_warnings(route: Route, recipe: Recipe, plugins: Plugins, changed: str | None = None) -> Route:
+    """The route with what is to be said of texts that were borrowed, of a method whose memory cannot be told, and of what `changed`."""
     method = plugins.quantizers.get(recipe.method)
     whole = f"`{recipe.method}` holds the whole model in memory, which the memory said to be needed does not count"
-    said = (texts.borrowed(recipe, plugins), whole if method is not None and method.whole else None)
+    said = (changed, texts.borrowed(recipe, plugins), whole if method is not None and method.whole else None)
     return replace(route, warnings=(*route.warnings, *(text for text in said if text is not None)))
 
 
@@ -157,7 +161,10 @@ def _checked(request: RunRequest, recipe: Recipe, route: Route, found: ModelProf
     preflight.check_disk(out, int(needs["disk_bytes"] or 0))
     preflight.check_out(out, recipe, resume=request.resume)
     preflight.check_memory(found, recipe, int(needs["peak_bytes"] or 0), request.max_memory_bytes)
-    return Plan(recipe, route, found, out, _settings(request), needs, _finish(route, found))
+    engine = engine_of(request.device, bounded=request.max_memory_bytes is not None)
+    expected = (*expect(found, recipe, needs, engine), *expect_speed(recipe, route))
+    figures = {item.what: item.value for item in expected if item.what in needs}
+    return Plan(recipe, route, found, out, _settings(request), {**needs, **figures}, _finish(route, found), expected)
 
 
 def _finish(route: Route, found: ModelProfile) -> str | None:
@@ -203,7 +210,8 @@ def _choices(request: RunRequest, source: ModelSource, found: ModelProfile, rout
     calibration = texts.describe(calibration_path, request.samples or SAMPLES, seq_len) if needs else None
     evaluation = texts.describe(evaluation_path, EVALUATION_SAMPLES, seq_len)
     overrides = {**_undividable(found, route), **dict(_overrides(request.overrides))}
-    return Choices(calibration=calibration, evaluation=evaluation, overrides=overrides, seed=request.seed)
+    used = distributions({*route.method.split("+"), route.exporter, route.runtime, source.name}, plugins)
+    return Choices(calibration, evaluation, overrides, seed=request.seed, distributions=used)
 
 
 def _undividable(found: ModelProfile, route: Route) -> dict[str, str]:
@@ -286,6 +294,9 @@ def run(found: Plan, plugins: Plugins, events: Events, *, resume: bool = False) 
         for text in found.route.warnings:
             events.emit("warning", text=text, said=True)
         try:
+            if "report" not in directory.done and not (directory.path / EXPECTED).exists():
+                directory.work.mkdir(exist_ok=True)
+                directory.write(EXPECTED, as_json(found.expected))
             for name in STAGES:
                 if name not in directory.done:
                     directory = execute_at_home(name, directory, plugins, events)
@@ -293,8 +304,11 @@ def run(found: Plan, plugins: Plugins, events: Events, *, resume: bool = False) 
             if isinstance(error, DamagedModelError) or not (resume or directory.holds_results):
                 directory.discard()
             raise
+        report = load(directory.path)
+        if (directory.path / EXPECTED).exists():  # no earlier process came this far
+            history.record(learned(report, read(directory.read(EXPECTED))))
         shutil.rmtree(directory.work, ignore_errors=True)
-        return load(directory.path)
+        return report
 
 
 def _directory(found: Plan, events: Events, *, resume: bool) -> RunDir:
@@ -304,14 +318,13 @@ def _directory(found: Plan, events: Events, *, resume: bool) -> RunDir:
     if not resume:
         return RunDir.create(found.out, settings, to_yaml(found.recipe))
     began = read_recipe(found.out / RECIPE)
-    recipe = to_yaml(replace(found.recipe, versions=began.versions))
+    recipe = to_yaml(replace(found.recipe, versions=began.versions, hardware=began.hardware))
     directory = RunDir(found.out).tidy()
     directory = directory.create(found.out, settings, recipe, done=_done(found.out))
-    now = versions_now(began.versions)
-    changed = [f"{name} {old} → {now.get(name, 'none')}" for name, old in began.versions.items() if now.get(name) != old]
+    changed = [change for change in changes(began) if change.kind == "version"]
     if changed and directory.holds_results:
         text = "installed versions changed since this run began, so its bytes may differ from an uninterrupted run's"
-        events.warning(f"{text}: {', '.join(changed)}")
+        events.warning(f"{text}: {in_words(changed)}")
     return directory
 
 

@@ -9,17 +9,25 @@ from pathlib import Path
 
 from qhub.errors import QhubError, UsageError
 from qhub.plugins import Plugins
-from qhub.route.recipe import FLOAT, file_sha256, from_yaml
+from qhub.route.recipe import FLOAT, file_sha256, folder_sha256, from_yaml
 from qhub.rundir import RECIPE, STATE, RunDir
 from qhub.stage import hidden_limit_bytes
 from qhub.tokens import documents
-from qhub.types import Calibration, ModelProfile, Recipe, Scheme, last_match
+from qhub.types import Calibration, Difference, ModelProfile, Recipe, Scheme, last_match
 from qhub.units import human_bytes
 
 _BASE_BYTES = 500 << 20  # Python with torch and transformers, measured
 _TOKENS_AT_ONCE = 4096  # in one forward pass
 _FRAGMENTS = 1.2  # what an allocator takes for tensors that come and go, measured
 _HALF_MADE = {f"{RECIPE}.partial"}  # all that is there when a run ends before its recipe is written
+
+
+class ChangedInputs(QhubError):
+    """What a recipe starts from is not what it was written for; `differences` names each."""
+
+    def __init__(self, message: str, differences: tuple[Difference, ...], *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.differences = differences
 
 
 def estimate(found: ModelProfile, recipe: Recipe, bound: int | None = None) -> dict[str, int | float | None]:
@@ -100,19 +108,39 @@ def check_experts(found: ModelProfile, *, trust_remote_code: bool) -> None:
         each_matrix(skeleton.empty_block(index))
 
 
-def check_text(data: Calibration | None, *, recorded: bool = False) -> None:
-    """Read the beginning of a text; `recorded`: also compare the file with the digest that the recipe has of it.
+def check_text(data: Calibration | None) -> None:
+    """Read the beginning of a text.
 
-    :raises QhubError: when the file is not there, does not hold text, or is another one.
+    :raises QhubError: when the file is not there or does not hold text.
     """
     if data is None:
         return
     path = Path(data.data)
     if not any(text.strip() for text in documents(path)):
         raise QhubError(f"`{path}` holds no text", hint="give a file with text")
-    if recorded and data.data_sha256 and file_sha256(path) != data.data_sha256:
-        message = f"`{path}` is not the text that the recipe was written for (its sha256 differs)"
-        raise QhubError(message, hint="get the same file again, or start a new run")
+
+
+def check_inputs(recipe: Recipe, path: Path) -> None:
+    """Compare model and texts with the digests that the recipe in `path` has of them; reads all of them once.
+
+    :raises ChangedInputs: naming each that is another one. :raises QhubError: when one is not there.
+    """
+    found, said, hint = [], [], "get the same file again, or start a new run"
+    model = folder_sha256(Path(recipe.model_path))
+    if model != recipe.model_sha256:
+        found.append(Difference("source", recipe.model_path, recipe.model_sha256, model))
+        said.append(f"the model at `{recipe.model_path}` is not the one that `{path}` was written for (its sha256 differs)")
+        hint = f"get the same files again, or start a new run: `qhub run {recipe.model_path}`"
+    for data, option in ((recipe.calibration, "--calib"), (recipe.evaluation, "--eval")):
+        if data is not None and not Path(data.data).is_file():
+            raise UsageError(f"data file `{data.data}` does not exist", hint=f"say where it is: `{option} TEXT`")
+        check_text(data)
+        if data is None or not data.data_sha256 or (text := file_sha256(Path(data.data))) == data.data_sha256:
+            continue
+        found.append(Difference("data", data.data, data.data_sha256, text))
+        said.append(f"`{data.data}` is not the text that the recipe was written for (its sha256 differs)")
+    if found:
+        raise ChangedInputs("; ".join(dict.fromkeys(said)), tuple(dict.fromkeys(found)), hint=hint)
 
 
 def check_overrides(found: ModelProfile, recipe: Recipe, plugins: Plugins) -> None:
@@ -226,4 +254,4 @@ def _decisive(recipe: Recipe) -> Recipe:
         return None if data is None else replace(data, data="")
 
     calibration, evaluation = placeless(recipe.calibration), placeless(recipe.evaluation)
-    return replace(recipe, model="", model_path="", versions={}, calibration=calibration, evaluation=evaluation)
+    return replace(recipe, model="", model_path="", versions={}, hardware={}, calibration=calibration, evaluation=evaluation)

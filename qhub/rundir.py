@@ -22,6 +22,7 @@ from qhub.errors import QhubError, UsageError
 
 RECIPE = "recipe.yaml"
 STATE = "state.json"
+EXPECTED = "work/expected.json"  # what the run was expected to take, from its beginning
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from qhub.interfaces import Exporter, Quantizer, WholeModel
 from qhub.plugins import Plugins, missing_modules, suggest
 from qhub.quiet import quiet_libraries
 from qhub.route.recipe import FLOAT, digest, from_yaml
-from qhub.rundir import RunDir
+from qhub.rundir import EXPECTED, RunDir
 from qhub.types import Calibration, Recipe, Scheme, as_json
 
 Stage = Callable[[RunDir, Recipe, Plugins, Events], None]
@@ -148,11 +148,12 @@ def report(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
     from qhub.prove.assemble import assemble
     from qhub.prove.render import to_html
 
+    expected = run.read(EXPECTED) if (run.path / EXPECTED).exists() else []
     found = assemble(
         recipe,
         digest(recipe),
         run.quantized,
-        {name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation")},
+        {"expected": expected, **{name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation")}},
         run.log(),
         platform.node(),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qhub.errors import UsageError
@@ -28,6 +29,34 @@ def of_run(source: ModelSource, given: tuple[str | None, str | None], plugins: P
         what, option = ("calibration", "--calib") if calibration is None else ("evaluation", "--eval")
         raise UsageError(f"`{source.name}` brings no {what} text", hint=f"give one: `{option} TEXT` {_KINDS}")
     return calibration, evaluation
+
+
+def again(recipe: Recipe, source: ModelSource, given: tuple[str | None, str | None], plugins: Plugins) -> Recipe:
+    """`recipe` with its texts where they are now: `given`, else where they were, else a brought text of the same content.
+
+    :raises UsageError: when a text is given and does not exist, or the recipe has no use for it.
+    """
+
+    def now(name: str, data: Calibration | None, path: str | None) -> Calibration | None:
+        if path is not None:
+            found = _first(path, {model.name: getattr(model, name) for model in plugins.models.values()})
+            if data is None:
+                raise UsageError(f"the recipe uses no {name} text: `{path}` would change nothing", hint="leave it out")
+            return replace(data, data=str(found.resolve())) if found else data
+        if data is None or Path(data.data).is_file():
+            return data
+        same = (text for text in _brought(source, plugins) if text.is_file() and file_sha256(text) == data.data_sha256)
+        return replace(data, data=str(next(same, Path(data.data)).resolve()))
+
+    calibration = now("calibration", recipe.calibration, given[0])
+    return replace(recipe, calibration=calibration, evaluation=now("evaluation", recipe.evaluation, given[1]))
+
+
+def _brought(source: ModelSource, plugins: Plugins) -> Iterator[Path]:
+    """Every text that comes with the model, or with a plugin."""
+    yield from (source.path / "calibration.txt", source.path / "heldout.txt")
+    for model in plugins.models.values():
+        yield from (path for path in (model.calibration, model.evaluation) if path is not None)
 
 
 def borrowed(recipe: Recipe, plugins: Plugins) -> str | None:

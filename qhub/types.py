@@ -270,6 +270,18 @@ class Recipe:
     seed: int = 0
     goals: Goals = field(default_factory=Goals)
     versions: Mapping[str, str] = field(default_factory=dict)
+    hardware: Mapping[str, str] = field(default_factory=dict)  # cpu, isa, threads, os, accelerators
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it was: `kind` is source, data, recipe, version, hardware, file, damage, artifact or metric."""
+
+    kind: str
+    name: str
+    recorded: str
+    found: str
+    part: str = ""  # where in it, if that can be said
 
 
 def last_match(name: str, patterns: Iterable[str]) -> str | None:

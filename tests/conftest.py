@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
+os.environ["QHUB_NO_HISTORY"] = "1"  # what tests took is no news to the user's machine
 
 
 class Ran(NamedTuple):

@@ -425,7 +425,7 @@ CASES = (
         **RESUME),
     Case("resume without the text", both(interrupted, lambda here: (here / "text.txt").unlink()), 2,
         "data file `{here}/text.txt` does not exist",
-        "give a text, .jsonl or .parquet file",
+        "say where it is: `--calib TEXT`",
         **RESUME),
     # The recipe is none.
     Case("a recipe that is not YAML", written("recipe.yaml", "model: ["), 2,
@@ -442,7 +442,7 @@ CASES = (
         **RECIPE),
     Case("a recipe with an unknown key", recipe(colour="red"), 2,
         "`out/recipe.yaml`: `recipe` has the unknown key `colour`",
-        "known: model, model_path, …, versions",
+        "known: model, model_path, …, versions, hardware",
         **OTHER),
     Case("a recipe with a bad value", recipe(seed="many"), 2,
         "`out/recipe.yaml`: `recipe.seed` is `many`, which is not a number from 0 up",

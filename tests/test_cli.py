@@ -30,10 +30,11 @@ Commands:
   convert    Write a quantized model in another layout
   inspect    What a model or an artifact is, from its headers
   report     Show what a run found
+  reproduce  Repeat a run, and say that all is the same or what is not
   plugins    Which methods, formats and engines are installed
   targets    Which devices are known, and their facts
 """
-KNOWN = "known: convert, eval, inspect, plugins, recommend, report, run, targets (a plugin may bring it: `pip install qhub-{}`)"
+KNOWN = "known: convert, eval, inspect, plugins, recommend, report, reproduce, run, targets (a plugin may bring it: `pip install qhub-{}`)"
 SEE_RUN = "see `qhub run --help`"
 
 

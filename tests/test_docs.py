@@ -117,6 +117,6 @@ def test_links_and_named_files_exist(file):
 
 def test_design_names_every_additional_field_of_the_report():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    for name in ("method", "scheme", "bytes_by_class", "fallbacks", "warnings", "checked", "not_checked"):
+    for name in ("method", "scheme", "bytes_by_class", "fallbacks", "warnings", "checked", "not_checked", "estimate"):
         assert name in Report.__dataclass_fields__
         assert f"`{name}`" in text

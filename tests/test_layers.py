@@ -16,7 +16,7 @@ LAYERS = (
     ("interfaces", "hookspecs", "quantize.qtensor"),
     ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
-    ("rundir", "texts", "preflight", "pipeline", "stage", "worker", "isolation.apart", "convert"),
+    ("history", "rundir", "texts", "preflight", "expect", "pipeline", "stage", "worker", "isolation.apart", "convert", "reproduce"),
     ("tune", "testing", "scaffold"),
     ("cli", "__main__"),
 )

@@ -86,6 +86,7 @@ def test_the_last_pattern_that_means_a_layer_decides(patterns, expected):
     ("change", "same"),
     [
         ({"versions": {"torch": "9"}}, True),
+        ({"hardware": {"cpu": "another"}}, True),
         ({"model": "n", "model_path": "/elsewhere/m"}, True),
         ({"calibration": replace(TEXT, data="/elsewhere/a.txt")}, True),
         ({"calibration": replace(TEXT, data_sha256="abd")}, False),

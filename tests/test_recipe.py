@@ -28,6 +28,7 @@ FULL = Recipe(
     seed=7,
     goals=Goals(max_drop_pct=1.5, max_size_bytes=10**9, retrain=True),
     versions={"qhub-core": "0.1.0", "python": "3.11.7"},
+    hardware={"cpu": "a processor", "isa": "avx2 fma", "threads": "8", "os": "Linux-6.1", "accelerators": "none"},
 )
 MINIMAL = Recipe("m", "m", "", "host", "rtn", "w8a16")
 
@@ -75,6 +76,7 @@ def test_the_digest_changes_with_what_determines_the_bytes(change):
         {"model": "other name"},
         {"model_path": "/elsewhere"},
         {"versions": {}},
+        {"hardware": {}},
         {"goals": Goals()},
         {"exporter": None},
         {"target": "host"},
@@ -109,6 +111,7 @@ def test_the_digest_survives_yaml_and_is_a_sha256():
         ("  max_drop_pct: 1.5", "  max_drop_pct: little", "`recipe.goals.max_drop_pct` is `little`"),
         ("  retrain: true", "  retrain: maybe", "`recipe.goals.retrain` is `maybe`, which is not `true` or `false`"),
         ("  awq:\n    grid: 20\n    clip: true", "  awq: fast", "`recipe.options.awq` is `fast`, which is not a mapping"),
+        ("  threads: '8'", "  threads: 8", "`recipe.hardware.threads` is `8`, which is not a text"),
         ("model: demo:llm", "model: [", "the recipe is not YAML"),
     ],
 )
@@ -131,12 +134,15 @@ def test_making_a_recipe_fills_in_hash_and_versions(llama):
     folder = llama()
     source = ModelSource("llama", folder, "a toy")
     route = Route("host", "rtn", "weight-only", "w4a16-g32-asym", "rtn", None, None)
-    choices = Choices(calibration=Calibration("c.txt"), overrides={"a": "float"}, options={"rtn": {"x": 1}}, seed=3)
+    choices = Choices(
+        calibration=Calibration("c.txt"), overrides={"a": "float"}, options={"rtn": {"x": 1}}, seed=3, distributions=("pytest",)
+    )
     made = make_recipe(source, route, Goals(), choices)
     assert (made.model, made.model_path, made.target, made.method, made.scheme) == ("llama", str(folder), "host", "rtn", "w4a16-g32-asym")
     assert made.model_sha256 == folder_sha256(folder)
     assert (made.seed, made.overrides, made.options) == (3, {"a": "float"}, {"rtn": {"x": 1}})
-    assert {"python", "numpy"} <= set(made.versions)
+    assert {"python", "numpy", "pytest"} <= set(made.versions)
+    assert set(made.hardware) == {"cpu", "isa", "threads", "os", "accelerators"}
     assert from_yaml(to_yaml(made)) == made
     assert make_recipe(source, route, Goals()).calibration is None
 

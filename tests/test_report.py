@@ -13,6 +13,7 @@ from qhub.prove.render import comparison, tables, to_html, verdict
 from qhub.prove.report import (
     ArtifactResult,
     BaselineResult,
+    EstimateResult,
     Fallback,
     FloatResult,
     Parity,
@@ -46,6 +47,11 @@ REPORT = Report(
     warnings=("little data",),
     checked=("codes read back identical",),
     not_checked=("vLLM",),
+    estimate={
+        "weight_bytes": EstimateResult(2_100_000, 2_000_000, 0.952, "shapes and bits"),
+        "seconds": EstimateResult(None, 12.3, None, "unknown before a first run on this machine"),
+        "tokens_per_s": EstimateResult(120.0, None, None, "bandwidth"),
+    },
 )
 
 
@@ -191,16 +197,20 @@ def test_rows_that_nobody_measured_are_left_out():
 
 
 def test_other_tables_show_bytes_stages_artifacts_and_fallbacks():
-    _, classes, stages, artifacts, fallbacks = tables(REPORT)
+    _, classes, stages, estimate, artifacts, fallbacks = tables(REPORT)
     assert classes.rows == (("codes", "1.8 MB", "90.0 %"), ("scales", "200 kB", "10.0 %"))
     assert stages.rows == (("quantize", "12 s", "300 MB"),)
+    assert estimate.rows == (
+        ("size of the weights", "2.1 MB", "2 MB", "0.95", "shapes and bits"),
+        ("time to quantize", "–", "12 s", "–", "unknown before a first run on this machine"),
+    )
     assert artifacts.rows == (("compressed-tensors", "2 MB", "codes identical, largest difference 1.5e-06"),)
     assert fallbacks.rows == (("layers.0.mlp", "its Hessian is zero"),)
 
 
 def test_parity_that_was_not_checked_is_said_so():
     artifact = dataclasses.replace(REPORT.artifacts[0], parity=Parity(checked=False))
-    assert tables(dataclasses.replace(REPORT, artifacts=(artifact,)))[3].rows[0][-1] == "not checked"
+    assert tables(dataclasses.replace(REPORT, artifacts=(artifact,)))[4].rows[0][-1] == "not checked"
 
 
 def test_verdict_is_one_sentence():

@@ -44,7 +44,7 @@ def sums(out: Path) -> dict[str, str]:
 
 def found(out: Path) -> dict:
     """The report without what depends on the clock and the machine's memory."""
-    return {name: value for name, value in json.loads((out / "report.json").read_text()).items() if name != "stages"}
+    return {name: value for name, value in json.loads((out / "report.json").read_text()).items() if name not in ("stages", "estimate")}
 
 
 def names(out: Path) -> set[str]:

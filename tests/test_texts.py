@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,41 @@ def test_an_evaluation_without_a_text_names_the_option(here):
     with pytest.raises(UsageError) as error:
         texts.of_evaluation(here / "bare", None, None, plugins(None))
     assert error.value.hint == "give one: `--data TEXT` (.txt, .jsonl or .parquet)"
+
+
+# The texts of a recipe that is repeated: where they are now, if they are still the same.
+
+
+def recorded(here: Path, *, calibration: str = "given.txt", evaluation: str = "demo-heldout.txt") -> Recipe:
+    """A recipe with texts of these contents, at places where nothing is now."""
+    data = [replace(texts.describe(here / name, 8, 64), data=f"/elsewhere/{name}") for name in (calibration, evaluation)]
+    return Recipe("bare", "", "", "host", "gptq", "w8a16", calibration=data[0], evaluation=data[1])
+
+
+def now(here: Path, recipe: Recipe, *given: str | None, model: str = "bare") -> tuple[str, str]:
+    found = texts.again(recipe, source(here, model), given or (None, None), plugins(here))
+    assert (found.calibration.data_sha256, found.calibration.samples) == (recipe.calibration.data_sha256, 8)
+    return found.calibration.data, found.evaluation.data
+
+
+def test_a_recorded_text_is_where_it_was_or_where_the_user_says_or_among_those_that_were_brought(here):
+    recipe = recorded(here)
+    assert now(here, recipe) == ("/elsewhere/given.txt", str(here / "demo-heldout.txt"))
+    assert now(here, recipe, str(here / "given.txt"), None) == (str(here / "given.txt"), str(here / "demo-heldout.txt"))
+    assert now(here, recipe, None, "demo:llm") == ("/elsewhere/given.txt", str(here / "demo-heldout.txt"))
+    there = replace(recipe, calibration=texts.describe(here / "given.txt", 8, 64))
+    assert now(here, there)[0] == str(here / "given.txt")
+
+
+def test_a_text_of_the_model_itself_is_found_again(here):
+    recipe = recorded(here, calibration="model/calibration.txt", evaluation="model/heldout.txt")
+    assert now(here, recipe, model="model") == (str(here / "model/calibration.txt"), str(here / "model/heldout.txt"))
+    (here / "model/calibration.txt").write_text("another text")
+    assert now(here, recipe, model="model")[0] == "/elsewhere/model/calibration.txt"
+
+
+def test_a_text_for_a_recipe_without_one_is_refused(here):
+    with pytest.raises(UsageError, match="the recipe uses no calibration text"):
+        texts.again(replace(recorded(here), calibration=None), source(here, "bare"), (str(here / "given.txt"), None), plugins(here))
+    with pytest.raises(UsageError, match=r"data file `gone\.txt` does not exist"):
+        texts.again(recorded(here), source(here, "bare"), ("gone.txt", None), plugins(here))

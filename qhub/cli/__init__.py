@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("qhub.cli.convert:convert", "Write a quantized model in another layout"),
     "inspect": ("qhub.cli.inspect:inspect", "What a model or an artifact is, from its headers"),
     "report": ("qhub.cli.report:report", "Show what a run found"),
+    "reproduce": ("qhub.cli.reproduce:reproduce", "Repeat a run, and say that all is the same or what is not"),
     "plugins": ("qhub.cli.plugins:plugins", "Which methods, formats and engines are installed"),
     "targets": ("qhub.cli.targets:targets", "Which devices are known, and their facts"),
 }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qhub.cli.output import Output
     from qhub.prove.report import Report
 
-TEXT_COLUMNS = ("parity", "reason")
+TEXT_COLUMNS = ("parity", "reason", "basis")
 
 
 @click.command()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "demo:llm"
 RECIPE = "recipe.yaml"
 #: What a recipe determines; the other options only say where and how it is carried out.
-_IN_RECIPE = ("plugins", "target", "scheme", "calib", "eval", "max_drop_pct", "seed", "samples", "seq_len", "overrides")
+_IN_RECIPE = ("plugins", "target", "scheme", "max_drop_pct", "seed", "samples", "seq_len", "overrides")
 
 
 @click.command()
@@ -39,7 +39,7 @@ _IN_RECIPE = ("plugins", "target", "scheme", "calib", "eval", "max_drop_pct", "s
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True, help="Where blocks are computed."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which calibration samples are drawn.")
+@click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True, help="Which calibration samples are drawn.")
 @click.option("--samples", metavar="N", type=click.IntRange(min=1), help="Number of calibration samples.")
 @click.option("--seq-len", metavar="TOKENS", type=click.IntRange(min=2), help="Tokens per sample of text.")
 @click.option("--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme, or float, for matching layers.")
@@ -102,11 +102,17 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("route", f"{route.method} for {route.target}: {', '.join(way)}"),
         ("text", _texts(plan.recipe)),
         ("size", f"{human_bytes(plan.profile.weight_bytes)} → {human_bytes(estimate['weight_bytes'])}"),
-        ("needs", f"{human_bytes(estimate['peak_bytes'])} memory, {human_bytes(estimate['disk_bytes'])} disk"),
+        ("needs", f"{human_bytes(estimate['peak_bytes'])} memory{_corrected(plan)}, {human_bytes(estimate['disk_bytes'])} disk"),
     ]
     if estimate.get("seconds") is not None:
-        rows.append(("time", f"about {human_seconds(estimate['seconds'])}"))
+        basis = next((item.basis for item in plan.expected if item.what == "seconds"), "")
+        rows.append(("time", f"about {human_seconds(estimate['seconds'])} to quantize ({basis})"))
     return [*rows, ("out", str(plan.out))]
+
+
+def _corrected(plan: Plan) -> str:
+    """The basis of the memory estimate, where it is more than arithmetic."""
+    return next((f" ({item.basis})" for item in plan.expected if item.what == "peak_bytes" and item.value != item.plain), "")
 
 
 def _texts(recipe: Recipe) -> str:

@@ -23,7 +23,7 @@ from qhub.isolation.environments import Environment, locked_versions
 from qhub.isolation.group import Ended, Limits, run_group
 from qhub.isolation.proxies import home_of
 from qhub.plugins import Plugins
-from qhub.route.recipe import from_yaml, versions
+from qhub.route.recipe import from_yaml
 from qhub.rundir import RunDir
 from qhub.stage import execute
 from qhub.types import ModelProfile, Recipe, as_json
@@ -73,14 +73,7 @@ def check_apart(recipe: Recipe, found: ModelProfile, plugins: Plugins) -> Recipe
     if reason is not None:
         raise Unsupported(reason, hint=f"`qhub recommend {found.path} --explain` shows what is possible")
     tools = (f"{environment.name}/{tool}" for tool in environment.declarations()["tools"])
-    if any("/" in version for version in recipe.versions):  # a recipe that is repeated
-        return recipe
     return replace(recipe, versions={**recipe.versions, **locked_versions(tools)})
-
-
-def versions_now(names: Mapping[str, str]) -> dict[str, str]:
-    """The present versions of what a recipe names, here or as `ENVIRONMENT/DISTRIBUTION`."""
-    return {**versions(name for name in names if "/" not in name), **locked_versions(name for name in names if "/" in name)}
 
 
 @dataclass

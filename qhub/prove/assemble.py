@@ -9,6 +9,7 @@ from typing import Any
 from qhub.prove.report import (
     ArtifactResult,
     BaselineResult,
+    EstimateResult,
     Fallback,
     FloatResult,
     Parity,
@@ -25,12 +26,13 @@ from qhub.weights import WeightFiles
 def assemble(
     recipe: Recipe, recipe_digest: str, quantized: Path, found: Mapping[str, Any], events: Sequence[Mapping[str, Any]], host: str
 ) -> Report:
-    """The report of a run; `found` has what the stages export, verify and evaluate wrote."""
+    """The report of a run; `found` has what the stages export, verify and evaluate wrote, and what was expected."""
     weights = QuantizedWeights(quantized)
     measured = found["evaluation"]
     drop = drop_pct(measured["float"]["accuracy"], measured["quantized"]["accuracy"])
     result = QuantizedResult(bytes=_file_bytes(quantized), bits_per_weight=bits_per_weight(weights), drop_pct=drop, **measured["quantized"])
     artifacts = tuple(_artifact(item, found["parity"]) for item in found["artifacts"])
+    stages = _stages(events)
     return Report(
         recipe_digest=recipe_digest,
         model=recipe.model,
@@ -48,12 +50,13 @@ def assemble(
         baseline=_baseline(measured, result),
         targets=TargetsResult(recipe.goals.max_drop_pct, met=drop <= recipe.goals.max_drop_pct),
         artifacts=artifacts,
-        stages=_stages(events),
+        stages=stages,
         bytes_by_class=weights.bytes_by_class(),
         fallbacks=tuple(Fallback(layer, reason) for layer, reason in sorted(weights.metadata["notes"].items())),
         warnings=tuple(dict.fromkeys(str(event["text"]) for event in events if event["event"] == "warning")),
         checked=_checked(recipe, artifacts),
         not_checked=_not_checked(recipe, artifacts),
+        estimate=_compared(found.get("expected", ()), {"weight_bytes": result.bytes, **_cost(stages, events)}),
     )
 
 
@@ -93,6 +96,22 @@ def _stages(events: Sequence[Mapping[str, Any]]) -> tuple[StageResult, ...]:
             seconds = event["seconds"] + (before.seconds if before else 0.0)
             rows[event["name"]] = StageResult(event["name"], seconds, event["peak_rss_bytes"])
     return tuple(rows.values())
+
+
+def _cost(stages: Sequence[StageResult], events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What quantizing took; nothing where it was interrupted, since what was done before that is not in its figures."""
+    starts = [event for event in events if event["event"] == "stage" and (event["name"], event["state"]) == ("quantize", "start")]
+    done = [stage for stage in stages if stage.name == "quantize"]
+    return {"peak_bytes": done[0].peak_rss_bytes, "seconds": done[0].seconds} if done and len(starts) == 1 else {}
+
+
+def _compared(expected: Sequence[Mapping[str, Any]], measured: Mapping[str, float]) -> dict[str, EstimateResult]:
+    rows = {}
+    for item in expected:
+        before, after = item["value"], measured.get(item["what"])
+        ratio = None if not before or after is None else after / before
+        rows[item["what"]] = EstimateResult(before, after, ratio, item["basis"])
+    return rows
 
 
 def _file_bytes(folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -10,6 +10,12 @@ from qhub.prove.report import FloatResult, QuantizedResult, Report
 from qhub.units import human_bytes, human_seconds
 
 _METRICS = {"next_token_accuracy": "next-token accuracy"}
+_ESTIMATED: dict[str, tuple[str, Callable[[float], str]]] = {
+    "weight_bytes": ("size of the weights", human_bytes),
+    "peak_bytes": ("memory while quantizing", human_bytes),
+    "seconds": ("time to quantize", human_seconds),
+    "tokens_per_s": ("tokens per second", "{:,.3g}".format),
+}
 _CSS = """
 :root { color-scheme: light dark; --line: #8885; --good: #1a7f37; --bad: #b3261e; --bar: #4c7dd6; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -36,6 +42,7 @@ def tables(report: Report) -> tuple[ReportTable, ...]:
         comparison(report),
         ReportTable("where the bytes are", ("tensors", "size", "share"), _class_rows(report)),
         ReportTable("stages", ("stage", "time", "peak memory"), stages),
+        ReportTable("estimated and measured", ("", "estimated", "measured", "ratio", "basis"), _estimate_rows(report)),
         ReportTable("artifacts", ("format", "size", "parity"), _artifact_rows(report)),
         ReportTable("layers rounded to nearest instead", ("layer", "reason"), tuple((f.layer, f.reason) for f in report.fallbacks)),
     )
@@ -91,6 +98,17 @@ def _class_rows(report: Report) -> tuple[tuple[str, ...], ...]:
     total = sum(report.bytes_by_class.values()) or 1
     by_size = sorted(report.bytes_by_class.items(), key=lambda item: -item[1])
     return tuple((name, human_bytes(count), f"{100 * count / total:.1f} %") for name, count in by_size)
+
+
+def _estimate_rows(report: Report) -> tuple[tuple[str, ...], ...]:
+    """What was estimated beside what was measured; what was not measured has no row."""
+    rows = []
+    for name, row in report.estimate.items():
+        text, form = _ESTIMATED.get(name, (name.replace("_", " "), "{:.3g}".format))
+        if row.measured is not None:
+            before = "–" if row.estimated is None else form(row.estimated)
+            rows.append((text, before, form(row.measured), "–" if row.ratio is None else f"{row.ratio:.2f}", row.basis))
+    return tuple(rows)
 
 
 def _artifact_rows(report: Report) -> tuple[tuple[str, ...], ...]:

@@ -90,6 +90,16 @@ class StageResult:
 
 
 @dataclass(frozen=True)
+class EstimateResult:
+    """A figure as it was estimated before the run, and as it was measured; `ratio` is measured ÷ estimated."""
+
+    estimated: float | None = None
+    measured: float | None = None
+    ratio: float | None = None
+    basis: str = ""
+
+
+@dataclass(frozen=True)
 class Fallback:
     """A layer that the method could not do and that was rounded to nearest instead."""
 
@@ -121,6 +131,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
     not_checked: tuple[str, ...] = ()
+    estimate: Mapping[str, EstimateResult] = field(default_factory=dict)  # weight_bytes, peak_bytes, seconds, tokens_per_s
 
     def to_json(self) -> dict[str, Any]:
         """What `report.json` holds."""

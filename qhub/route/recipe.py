@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from qhub.errors import QhubError, UsageError
+from qhub.route.circumstances import hardware, installed
 from qhub.types import Calibration, Goals, ModelSource, Recipe, Route, Scheme, as_json
 
 FLOAT = "float"
@@ -29,9 +28,8 @@ _CONFIGS = (
     "vocab.json",
     "merges.txt",
 )
-#: What the bytes of the result depend on; where the files lie and which versions made them is not part of it.
+#: What the bytes of the result depend on; where the files lie, and which versions and machine made them, is not part of it.
 _DETERMINES = ("model_sha256", "method", "scheme", "overrides", "options", "seed")
-_DISTRIBUTIONS = ("qhub-core", "numpy", "torch", "transformers", "safetensors", "compressed-tensors")
 _Reader = Callable[[str, Any], Any]
 
 
@@ -44,12 +42,12 @@ class Choices:
     overrides: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
+    distributions: tuple[str, ...] = ()  # of the plugins that the run uses
 
 
 def make_recipe(source: ModelSource, route: Route, goals: Goals, choices: Choices | None = None) -> Recipe:
     """The recipe of `route` for `source`; reads all of the model's files once for their digest."""
     choices = choices or Choices()
-    plugins = (f"qhub-{name}" for name in (*route.method.split("+"), route.exporter, route.runtime) if name)
     return Recipe(
         model=source.name,
         model_path=str(source.path),
@@ -65,19 +63,9 @@ def make_recipe(source: ModelSource, route: Route, goals: Goals, choices: Choice
         options={name: dict(options) for name, options in choices.options.items()},
         seed=choices.seed,
         goals=goals,
-        versions=versions((*_DISTRIBUTIONS, *plugins)),
+        versions=installed(choices.distributions),
+        hardware=hardware(),
     )
-
-
-def versions(distributions: Iterable[str]) -> dict[str, str]:
-    """The installed version of each distribution that is installed, and Python's; imports none of them."""
-    found = {"python": platform.python_version()}
-    for name in dict.fromkeys(distributions):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def digest(recipe: Recipe) -> str:
@@ -261,5 +249,6 @@ _RECIPE: dict[str, _Reader] = {
     "seed": _count,
     "goals": _goals,
     "versions": _mapping(_text),
+    "hardware": _mapping(_text),
 }
 assert {item.name for item in fields(Recipe)} == set(_RECIPE)  # a field without a reader could not be read back
