@@ -255,6 +255,8 @@ def test_three_quantizers_are_too_many():
         ("acme", "unknown plugin `acme`", "`pip install qhub-acme`"),
         ("awq", "plugin `awq` is not installed", "`pip install qhub-awq`"),
         ("mlx", "plugin `mlx` is planned and not published yet", "`qhub plugins` lists the installed ones"),
+        ("llmcompressor", "plugin `llmcompressor` is not installed", "`qhub plugins install llmcompressor --isolated`"),
+        ("autoawq", "`autoawq` is archived: `awq` takes its place", "`--plugin awq`"),
     ],
 )
 def test_an_unknown_plugin_says_what_to_do(name, message, hint):

@@ -38,7 +38,7 @@ def absent(target: Target, profile: ModelProfile, registry: Registry, plugins: P
                 why = f"archived ({entry.status_source})" if entry.status == "archived" else "not a plugin"
                 yield Rejected(name, f"{why}: `{entry.replaced_by}` takes its place" if entry.replaced_by else why)
         elif entry.formats and entry.name not in plugins.exporters and entry.finishes_target(target, profile.task):
-            yield Rejected(name, "planned, not published yet" if entry.is_planned else f"not installed: `pip install {entry.distribution}`")
+            yield Rejected(name, entry.obstacle)
 
 
 def precision_of(scheme: Scheme) -> str:

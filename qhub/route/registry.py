@@ -96,6 +96,16 @@ class IndexEntry:
         """Whether a route may use it: a plugin, also a planned one, that is not archived."""
         return self.status != "archived" and self.available != "none"
 
+    @property
+    def obstacle(self) -> str:
+        """What stands between a plugin that is not installed and this machine."""
+        if not self.is_offered:
+            why = "archived" if self.status == "archived" else "not a plugin of qhub"
+            return f"{why}: `{self.replaced_by}` takes its place" if self.replaced_by else why
+        if self.is_planned:
+            return "planned, not published yet"
+        return f"not installed: `{f'qhub plugins install {self.name} --isolated' if self.isolated else f'pip install {self.distribution}'}`"
+
 
 @dataclass(frozen=True, slots=True)
 class Registry:

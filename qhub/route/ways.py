@@ -121,8 +121,11 @@ def _unknown_plugin(name: str, plugins: Plugins, registry: Registry, kinds: Iter
     entry = registry.index.get(name)
     if entry is not None and entry.is_planned:
         return UsageError(f"plugin `{name}` is planned and not published yet", hint="`qhub plugins` lists the installed ones")
+    if entry is not None and not entry.is_offered:
+        hint = f"`--plugin {entry.replaced_by}`" if entry.replaced_by else "`qhub plugins` lists the installed ones"
+        return UsageError(f"`{name}` is {entry.obstacle}", hint=hint)
     if entry is not None:
-        return UsageError(f"plugin `{name}` is not installed", hint=f"`pip install {entry.distribution}`")
+        return UsageError(f"plugin `{name}` is not installed", hint=entry.obstacle.removeprefix("not installed: "))
     known = {info.name for info in plugins.infos} | {component for components in kinds for component in components}
     return UsageError(f"unknown plugin `{name}`", hint=suggest(name, known))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def how_to_get(entry: IndexEntry) -> str:
     """What stands between a known plugin and this machine."""
-    return "planned, not published yet" if entry.is_planned else f"not installed: pip install {entry.distribution}"
+    return entry.obstacle.replace("`", "")
 
 
 def describe(info: PluginInfo, installed: Plugins) -> dict[str, Any]:

@@ -50,9 +50,9 @@ def find_wanted(name: str, *, pypi: bool) -> Wanted:
 
 
 def _of_index(entry: IndexEntry) -> Wanted:
-    if entry.is_planned:
-        hint = f"`qhub plugins search {entry.kinds[0]}` shows what there is"
-        raise UsageError(f"plugin `{entry.name}` is planned and not published yet", hint=hint)
+    if entry.is_planned or not entry.is_offered:
+        what = "planned and not published yet" if entry.is_offered else entry.obstacle
+        raise UsageError(f"plugin `{entry.name}` is {what}", hint=f"`qhub plugins search {entry.kinds[0]}` shows what there is")
     beside = Path(__file__).resolve().parents[3] / "plugins" / entry.name
     is_checkout = entry.available == "repository" and (beside / "pyproject.toml").is_file()
     return Wanted(entry.name, entry.distribution, str(beside) if is_checkout else entry.distribution)
