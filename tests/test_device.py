@@ -30,7 +30,7 @@ def device(*accelerators, isa=(), os="linux", arch="x86_64", **facts):
         ("ai-pc", "cpu", "yes", "fp16"),
         ("ai-pc-gpu", "gpu", "yes", "fp16"),
         ("ai-pc-npu", "npu", "yes", "fp16"),
-        ("ryzen-ai", "npu", "yes", "fp16"),
+        ("ryzen-ai", "npu", "yes", "bf16"),
         ("android", "cpu", "yes", "fp16"),
         ("mobile-gpu", "mobile-gpu", "no", "fp16"),
         ("hexagon", "npu", "yes", "fp16"),

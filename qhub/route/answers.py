@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qhub.route.accuracy import SMALL_MODEL_GROUP, expected_drop
-from qhub.route.device import computes_sixteen_bit, cuda_capability, hexagon_version, int8_of, kind_of, sixteen_bit
+from qhub.route.device import computes_sixteen_bit, cuda_capability, hexagon_version, int8_of, kind_of, sixteen_bit, wants_symmetric
 from qhub.types import Goals, ModelProfile, Scheme, Target
 from qhub.units import human_bytes
 
@@ -87,7 +87,8 @@ def _why_4bit(target: Target, kind: str) -> str:
         return "older charts say no 4-bit on Apple silicon: MLX and llama.cpp run it on the GPU today"
     if kind == "npu":
         version = hexagon_version(target)
-        return f"`{target.accelerators[0]}` runs symmetric 4-bit weights" + (" with static shapes" if version else "")
+        kind = "symmetric 4-bit weights" if wants_symmetric(target) else "4-bit weights"
+        return f"`{target.accelerators[0]}` runs {kind}" + (" with static shapes" if version else "")
     if kind in ("gpu", "mobile-gpu"):
         return f"llama.cpp and the vendor's runtime have kernels for 4-bit weights on `{target.accelerators[0]}`"
     if target.arch == "x86_64":

@@ -96,8 +96,8 @@ def _int8_of_others(target: Target, kind: Kind) -> tuple[Int8, str]:
 
 
 def sixteen_bit(target: Target) -> Literal["fp16", "bf16"]:
-    """Which 16-bit numbers the device computes: bfloat16 on TPUs and on CPUs with bf16 instructions, else float16."""
-    if kind_of(target) == "tpu":
+    """Which 16-bit numbers the device computes: bfloat16 on TPUs, AMD's NPUs and CPUs with bf16 instructions, else float16."""
+    if kind_of(target) == "tpu" or any(name.startswith("npu-xdna") for name in target.accelerators):
         return "bf16"
     if kind_of(target) == "cpu" and any(name in ("amx_bf16", "avx512_bf16") for name in target.isa):
         return "bf16"
@@ -110,6 +110,11 @@ def computes_sixteen_bit(target: Target) -> bool:
         return any(name in ("amx_bf16", "avx512_bf16", "avx512_fp16", "fp16") for name in target.isa)
     capability = cuda_capability(target)
     return capability is None or capability >= NO_FP16_CUDA
+
+
+def wants_symmetric(target: Target) -> bool:
+    """Whether its kernels for 4-bit weights take no zero points: the NPUs of Intel and Qualcomm."""
+    return any(name.startswith(("npu-intel", "hexagon")) for name in target.accelerators)
 
 
 def is_server(target: Target) -> bool:

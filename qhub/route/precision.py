@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from qhub.route.accuracy import SMALL_MODEL_GROUP, SMALL_MODEL_PARAMETERS
-from qhub.route.device import kind_of, sixteen_bit
+from qhub.route.device import kind_of, sixteen_bit, wants_symmetric
 from qhub.route.estimate import is_quantized
 from qhub.types import Family, ModelProfile, Scheme, Target
 
@@ -58,14 +58,14 @@ def levels(profile: ModelProfile, target: Target, default: Scheme, weight_bits: 
 
 
 def grouped(profile: ModelProfile, target: Target, default: Scheme) -> tuple[Scheme, ...]:
-    """`default` with each group size that may suit, best first; NPUs want symmetric groups."""
+    """`default` with each group size that may suit, best first; some NPUs want symmetric groups."""
     if default.group_size is None:
         return (default,)
     start = min(default.group_size, SMALL_MODEL_GROUP) if profile.parameters <= SMALL_MODEL_PARAMETERS else default.group_size
     schemes = [replace(default, group_size=size) for size in GROUP_SIZES if size <= start]
     schemes.sort(key=lambda scheme: -_divided_share(profile, scheme))  # stable: of equals, the largest group stays first
     symmetric = [] if default.symmetric else [replace(scheme, symmetric=True) for scheme in schemes]
-    if kind_of(target) == "npu" and symmetric:
+    if wants_symmetric(target) and symmetric:
         return (*symmetric, Scheme(default.weight_bits))
     return (*schemes, *symmetric, Scheme(default.weight_bits))
 

@@ -35,6 +35,15 @@ class _Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class _Pair:
+    """Who quantizes and who takes it onto the device; `place` is the method's among those of its family."""
+
+    method: Method
+    way: Way
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Ranked:
     """A route with what decides its place: smaller comes first."""
 
@@ -147,16 +156,16 @@ def _of_choice(search: Search, choice: _Choice, rejected: list[Rejected]) -> Ite
     rejected += [item for item in closed if item not in rejected]
     for place, method in enumerate(found):
         for way in open_ways:
-            yield from _candidate(search, choice, (method, place), way, rejected)
+            yield from _candidate(search, choice, _Pair(method, way, place), rejected)
 
 
-def _candidate(search: Search, choice: _Choice, ranked: tuple[Method, int], way: Way, rejected: list[Rejected]) -> Iterator[_Ranked]:
+def _candidate(search: Search, choice: _Choice, pair: _Pair, rejected: list[Rejected]) -> Iterator[_Ranked]:
     """The best scheme that method and exporter take and that fits; the smallest if none fits."""
-    method, place = ranked
+    method, way = pair.method, pair.way
     name = f"{choice.target.name}: {method.name} → {way.name}"
     best: tuple[int, Scheme] | None = None
     for step, level in enumerate(_levels(search, choice, method.quantizers[0].default_scheme)):
-        scheme, why = _accepted(search, method, way, level)
+        scheme, why = _accepted(search, pair, level)
         if scheme is None:
             rejected.append(Rejected(name, why))
             continue
@@ -168,9 +177,9 @@ def _candidate(search: Search, choice: _Choice, ranked: tuple[Method, int], way:
         if not broken:
             break
     if best is not None:
-        route = _route(search, choice, method, way, best[1])
+        route = _route(search, choice, pair, best[1])
         lacks = bool(not_importable(method))
-        yield _Ranked(_key(search, choice, route, (lacks, False, not way.finished, place, best[0])), route)
+        yield _Ranked(_key(search, choice, route, (lacks, False, not way.finished, pair.place, best[0])), route)
 
 
 def _key(search: Search, choice: _Choice, route: Route, state: tuple[int, ...]) -> tuple[int, ...]:
@@ -191,13 +200,13 @@ def _levels(search: Search, choice: _Choice, default: str) -> Iterator[Sequence[
     return levels(search.merged, choice.target, scheme, choice.weight_bits)
 
 
-def _accepted(search: Search, method: Method, way: Way, level: Sequence[Scheme]) -> tuple[Scheme | None, str]:
+def _accepted(search: Search, pair: _Pair, level: Sequence[Scheme]) -> tuple[Scheme | None, str]:
     """The first scheme of `level` that nobody refuses, or the first reason."""
     first_reason = ""
     for scheme in level:
-        why = method.reject(search.profile, scheme)
-        if why is None and way.exporter is not None:
-            why = ask(way.exporter.reject, search.profile, scheme)
+        why = pair.method.reject(search.profile, scheme)
+        if why is None and pair.way.exporter is not None:
+            why = ask(pair.way.exporter.reject, search.profile, scheme)
         if why is None:
             return scheme, ""
         first_reason = first_reason or why
@@ -212,8 +221,8 @@ def _expect(search: Search, choice: _Choice, scheme: Scheme, speed: Speed, *, us
     return replace(expected, accuracy_drop_pct=drop.pct, basis=basis)
 
 
-def _route(search: Search, choice: _Choice, method: Method, way: Way, scheme: Scheme) -> Route:
-    target = choice.target
+def _route(search: Search, choice: _Choice, pair: _Pair, scheme: Scheme) -> Route:
+    target, method, way = choice.target, pair.method, pair.way
     expected = _expect(search, choice, scheme, speed_of(way, target), uses_data=method.uses_data)
     broken = unmet(expected, target, search.goals)
     return Route(
