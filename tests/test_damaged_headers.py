@@ -45,7 +45,7 @@ def outcome(path):
 
 def outcomes(valid, contents):
     """What comes of each of `contents` in place of `valid`, within little memory and time."""
-    found, started = [], time.perf_counter()
+    found, started = [], time.process_time()
     tracemalloc.start()
     for content in contents:
         valid.write_bytes(content)
@@ -53,7 +53,7 @@ def outcomes(valid, contents):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < MEMORY_BYTES
-    assert time.perf_counter() - started < SECONDS * 4
+    assert time.process_time() - started < SECONDS * 4
     return found
 
 
@@ -148,9 +148,9 @@ def test_a_pt2_whose_program_is_a_bomb_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.pt2", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("net/models/model.json", "w") as file:
         for _ in range(260):
             file.write(bytes(1 << 20))
-    started = time.perf_counter()
+    started = time.process_time()
     assert f"its program claims `{260 << 20}` bytes" in outcome(tmp_path / "m.pt2")
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from qhub.types import ModelProfile
 #: TensorType → (our name, bits of one number).
 _DTYPES: Mapping[int, tuple[str, int]] = {
     0: ("fp32", 32), 1: ("fp16", 16), 2: ("int32", 32), 3: ("uint8", 8), 4: ("int64", 64), 5: ("string", 0), 6: ("bool", 8),
-    7: ("int16", 16), 8: ("complex64", 64), 9: ("int8", 8), 10: ("fp64", 64), 11: ("complex128", 128), 12: ("uint64", 64), 15: ("uint32", 32),
-    16: ("uint16", 16), 17: ("int4", 4), 18: ("bf16", 16),
+    7: ("int16", 16), 8: ("complex64", 64), 9: ("int8", 8), 10: ("fp64", 64), 11: ("complex128", 128), 12: ("uint64", 64),
+    15: ("uint32", 32), 16: ("uint16", 16), 17: ("int4", 4), 18: ("bf16", 16),
 }  # fmt: skip
 _OPERATORS = {
     3: "CONV_2D", 4: "DEPTHWISE_CONV_2D", 6: "DEQUANTIZE", 7: "EMBEDDING_LOOKUP", 9: "FULLY_CONNECTED", 36: "GATHER",
