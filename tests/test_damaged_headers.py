@@ -45,7 +45,7 @@ def outcome(path):
 
 def outcomes(valid, contents):
     """What comes of each of `contents` in place of `valid`, within little memory and time."""
-    found, started = [], time.perf_counter()
+    found, started = [], time.process_time()
     tracemalloc.start()
     for content in contents:
         valid.write_bytes(content)
@@ -53,7 +53,7 @@ def outcomes(valid, contents):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < MEMORY_BYTES
-    assert time.perf_counter() - started < SECONDS * 4
+    assert time.process_time() - started < SECONDS * 4
     return found
 
 
@@ -148,9 +148,9 @@ def test_a_pt2_whose_program_is_a_bomb_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.pt2", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("net/models/model.json", "w") as file:
         for _ in range(260):
             file.write(bytes(1 << 20))
-    started = time.perf_counter()
+    started = time.process_time()
     assert f"its program claims `{260 << 20}` bytes" in outcome(tmp_path / "m.pt2")
-    assert time.perf_counter() - started < SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 @pytest.mark.parametrize(
@@ -218,3 +218,19 @@ def test_a_config_of_too_many_tensors_is_refused(tmp_path):
     config |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4096, "num_hidden_layers": 4096}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "means more than `200000` tensors" in outcome(tmp_path)
+
+
+# A section that says how weights are stored, and says something else than it should.
+@pytest.mark.parametrize(
+    "section",
+    [
+        True, 1.5, [], "awq", {"bits": "four"}, {"bits": True}, {"bits": -4}, {"bits": 4, "quant_method": ["awq"]}, {"config_groups": 3},
+        {"config_groups": {"g": {"weights": {"num_bits": 4}, "targets": 7}}}, {"config_groups": {"g": {"weights": 4}}},
+        {"config_groups": {"g": {"weights": {"num_bits": 4, "block_structure": "1x32"}}}},
+        {"config_groups": {"g": {"weights": {"num_bits": 4, "block_structure": [1, []], "group_size": {}}}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_quantization_sections_never_surprise(model_folder, section):
+    shapes = {"h.0.a.weight_packed": ("I32", (4, 4)), "h.0.a.weight_scale": (4, 1), "h.0.b.qweight": ("I32", (4, 4))}
+    assert outcome(model_folder({"architectures": ["X"], "quantization_config": section}, shapes)) == "profile"

@@ -261,9 +261,9 @@ def test_a_file_that_is_something_else_is_named(tmp_path, suffix, content):
 def test_big_headers_are_read_in_a_moment(tmp_path):
     tokens = {"tokenizer.ggml.tokens": (ARRAY, (STRING, [f"token{index}" for index in range(128_000)]))}
     path = made.llama_gguf(tmp_path / "m.gguf", **tokens)
-    started = time.perf_counter()
+    started = time.process_time()
     assert look(path).vocabulary == 64
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 # Batch norms are folded into these, so there are fewer parameters than were trained.

@@ -202,6 +202,13 @@ def test_a_folder_of_parts_names_them(tmp_path, model_folder):
     assert caught.value.hint == "it has parts; give one of them: unet"
 
 
+def test_a_folder_of_a_model_file_names_it(tmp_path):
+    (tmp_path / "model.q4_0.gguf").touch()
+    with pytest.raises(QhubError, match="is not a model folder") as caught:
+        profile(str(tmp_path), PLUGINS)
+    assert caught.value.hint == "give one of its files: model.q4_0.gguf"
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[1]", "holds `list`"), ("[" * 100_000, "is not JSON")])
 def test_a_config_that_is_no_json_object(model_folder, text, message):
     with pytest.raises(QhubError, match=message):
@@ -253,8 +260,9 @@ def test_a_header_that_lies_about_its_size_is_refused(llama):
         ({"vocab_size": 32000}, r"says vocabulary and width `\(32000, 64\)`, but `model.embed_tokens.weight` has shape `\(256, 64\)`"),
         ({"hidden_size": 128}, r"says vocabulary and width `\(256, 128\)`"),
         ({"num_hidden_layers": 3}, "says `3` blocks, but block `2` has no weights"),
+        ({"num_hidden_layers": 1 << 60}, f"says `{1 << 60}` blocks, but block `2` has no weights"),
     ],
-    ids=["vocabulary", "width", "blocks"],
+    ids=["vocabulary", "width", "blocks", "more blocks than there are numbers in memory"],
 )
 def test_a_config_that_contradicts_the_weights_is_refused(llama, config, message):
     with pytest.raises(QhubError, match=message):

@@ -11,6 +11,8 @@ from qhub.errors import QhubError, UsageError
 from qhub.types import LayerShape, Task
 
 CONFIG = "config.json"
+#: Formats in which a model is one file.
+SUFFIXES = (".onnx", ".pt2", ".gguf", ".tflite")
 #: The same number under the names that different architectures use.
 _ALIASES = {
     "hidden": ("hidden_size", "n_embd", "d_model", "dim", "model_dim"),
@@ -53,7 +55,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         parts = sorted(item.parent.name for item in folder.glob(f"*/{CONFIG}"))
+        files = sorted(item.name for item in folder.iterdir() if item.suffix.lower() in SUFFIXES)
         hint = f"it has parts; give one of them: {', '.join(parts)}" if parts else "a model folder holds config.json and *.safetensors"
+        hint = f"give one of its files: {', '.join(files)}" if files and not parts else hint
         raise QhubError(f"`{folder}` is not a model folder: it has no {CONFIG}", hint=hint) from None
     except (ValueError, RecursionError) as error:
         raise QhubError(f"`{path}` is not JSON: {error}", hint="download it again") from None

@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from qhub.errors import DamagedModelError, QhubError
-from qhub.route.config import CONFIG, read_config
+from qhub.route.config import CONFIG, SUFFIXES, read_config
 from qhub.types import ModelProfile, ModelSource
 from qhub.weights import INDEX, SINGLE, TensorInfo, header_size, parse_header
 
@@ -36,7 +36,6 @@ _TELLING = (
     "modules.json",
     "config_sentence_transformers.json",
 )
-_MODEL_FILES = (".gguf", ".onnx", ".tflite", ".pt2")
 _DIFFUSERS = "diffusion_pytorch_model.safetensors"
 
 
@@ -106,7 +105,7 @@ def _profile(hub: _Hub, folder: Path) -> ModelProfile:
 
     files = hub.files()
     if CONFIG not in files:
-        single = sorted(file for file in files if file.endswith(_MODEL_FILES))
+        single = sorted(file for file in files if file.endswith(SUFFIXES))
         hint = f"`hf download {hub.name} {single[0]} --local-dir .`, then give the file" if single else "name another model"
         raise QhubError(f"`{hub.name}` has no {CONFIG}: it is no model that transformers or diffusers loads", hint=hint)
     (folder / CONFIG).write_bytes(hub.text(CONFIG))

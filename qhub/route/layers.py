@@ -142,11 +142,11 @@ def _unpacked(info: TensorInfo, tensors: Mapping[str, TensorInfo], config: Mappi
 
     compressed-tensors packs along K: (N, K / f); GPTQ (K / f, N); AWQ (K, N / f), with f = 32 // bits numbers in each int32.
     """
-    quantization = config.get("quantization_config") or {}
+    quantization = quantization_section(config)
     base = info.name.rpartition(".")[0]
     weights = _weights_of(quantization, base)
-    bits = weights.get("num_bits", quantization.get("bits", quantization.get("w_bit")))
-    if len(info.shape) != 2 or not isinstance(bits, int) or not 0 < bits <= 16:
+    bits = whole(weights.get("num_bits", quantization.get("bits", quantization.get("w_bit"))))
+    if len(info.shape) != 2 or bits is None or not 0 < bits <= 16:
         return info.shape
     first, second = info.shape
     if info.name.endswith(".weight_packed"):
@@ -187,7 +187,7 @@ def _unflattened(info: TensorInfo, config: Mapping[str, Any]) -> tuple[int, ...]
 def _compressed(packed: tuple[int, ...], scale: TensorInfo | None, weights: Mapping[str, Any], bits: int) -> tuple[int, ...]:
     """(N, K) of a layer of compressed-tensors, by its scales, one for each group of K; `block_structure` counts rows and columns."""
     first, second = packed
-    block = weights.get("block_structure")
+    block = _block_structure(weights)
     if scale is not None and len(scale.shape) == 2:
         if weights.get("strategy") == "tensor" or (block and block[1] == 1):  # qhub's way to store a Conv1D: (K, N)
             return (scale.shape[1], first)
@@ -197,11 +197,20 @@ def _compressed(packed: tuple[int, ...], scale: TensorInfo | None, weights: Mapp
     return (first, second * 32 // bits)
 
 
+def _block_structure(weights: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(rows, columns) of the blocks that share a scale, where a layer has such."""
+    block = weights.get("block_structure")
+    if not isinstance(block, list) or len(block) != 2:
+        return None
+    rows, columns = map(whole, block)
+    return None if rows is None or columns is None else (rows, columns)
+
+
 def _weights_of(quantization: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
     """How the weights of `layer` are stored: by the group that names it, else by the first one."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping):
         return {}
     found = [group for group in groups.values() if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)]
-    naming = [group for group in found if layer in (group.get("targets") or ())]
+    naming = [group for group in found if isinstance(group.get("targets"), list) and layer in group["targets"]]
     return next((group["weights"] for group in (*naming, *found)), {})

@@ -161,9 +161,9 @@ def _check_shapes(folder: Path, config: Mapping[str, Any], layers: Iterable[Laye
         if layer.block is None and layer.name.endswith(_INPUT_EMBEDDINGS):
             _check_embedding(folder, layer, vocabulary, config)
     found = {layer.block for layer in layers if layer.kind in ("linear", "expert")}
-    missing = sorted(set(range(blocks or 0)) - {block for block in found if block is not None})
-    if missing and found:
-        message = f"`{folder / CONFIG}` says `{blocks}` blocks, but block `{missing[0]}` has no weights"
+    missing = next((index for index in range(blocks or 0) if index not in found), None)
+    if missing is not None and found:
+        message = f"`{folder / CONFIG}` says `{blocks}` blocks, but block `{missing}` has no weights"
         raise QhubError(message, hint="download the missing shard, or the config that belongs to these weights")
 
 

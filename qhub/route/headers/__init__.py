@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qhub.errors import UsageError
+from qhub.route.config import SUFFIXES
 from qhub.types import ModelProfile
 from qhub.weights import PICKLES, pickle_refused
-
-SUFFIXES = (".onnx", ".pt2", ".gguf", ".tflite")
 
 
 def profile_file(path: Path) -> ModelProfile:
