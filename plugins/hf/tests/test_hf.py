@@ -263,3 +263,17 @@ def test_loading_and_running_say_nothing(quantized, capfd):
     list(session.generate([1, 2, 3], 2))
     session.close()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_that_names_a_layout_says_what_was_checked(tmp_path):
+    """No engine for it is installed, so nothing is claimed but what was read back."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(33 + code % 90) for code in random_ids(1, 4000)[0].tolist()), encoding="utf-8")
+    options = ["--plugin", "rtn", "--plugin", "hf-gptq", "--scheme", "w4a16-g32-sym", "--eval", text, "--seq-len", "32", "--max-drop", "99"]
+    command = [sys.executable, "-m", "qhub", "run", tiny_model("llama"), *options, "--out", tmp_path / "run", "--json"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    (artifact,) = json.loads(ran.stdout)["artifacts"]
+    assert (artifact["format"], artifact["path"]) == ("gptq", "artifact/gptq")
+    why = "a runtime for this format is not installed here; codes, scales and zeros read back from the file: the same"
+    assert artifact["parity"] == {"checked": False, "max_abs_diff": None, "codes_identical": True, "how": why}
