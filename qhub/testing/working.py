@@ -47,10 +47,12 @@ class _Nearest(Quantizer):
 def _quantizer(job: Job, record: Record, folder: Path) -> None:
     """The checks of a quantizer."""
     title = f"quantizer {job.component}"
-    scheme = Scheme.parse(_make(job).default_scheme)
-    if not scheme.is_weight_only:
+    made = _make(job)
+    scheme = Scheme.parse(made.default_scheme)
+    if made.whole or not scheme.is_weight_only:
+        what = "methods that take whole models" if made.whole else f"scheme `{scheme}`"
         for name in ("quantizes", "deterministic", "resumable", "clean-errors"):
-            record.check(name, title, lambda: _skip(f"the kit has no model for scheme `{scheme}` yet"))
+            record.check(name, title, lambda: _skip(f"the kit cannot check {what} yet"))
         return
     model = tiny.write_model(folder / "model", scheme, "bfloat16")
     if not record.check("quantizes", title, lambda: _quantizes(job, model, folder / "first")):

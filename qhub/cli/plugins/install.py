@@ -49,7 +49,7 @@ def _here(app: App, wanted: Wanted) -> None:
     if changed := pip.changes(wanted.requirement):
         what = ", ".join(f"`{change.distribution}` {change.before} → {change.after}" for change in changed)
         message = f"installing `{wanted.distribution}` here would change {what}, which other plugins use"
-        raise QhubError(message, hint=f"`qhub plugins install {wanted.name} --isolated` gives it an environment of its own")
+        raise QhubError(message, hint=f"`qhub plugins install {wanted.given} --isolated` gives it an environment of its own")
     pip.install(wanted.requirement)
 
 

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A plugin to install: its name, its distribution, and what pip is asked for (a distribution, a folder or a wheel)."""
+    """A plugin to install: its name, its distribution, and what pip is asked for (a distribution, a folder or a wheel).
+
+    `given` is what the user wrote after `install`, so that a hint can repeat it.
+    """
 
     name: str
     distribution: str
     requirement: str
+    given: str
 
 
 def find_wanted(name: str, *, pypi: bool) -> Wanted:
@@ -38,13 +42,13 @@ def find_wanted(name: str, *, pypi: bool) -> Wanted:
         from qhub.testing.subject import find_subject
 
         subject = find_subject(path)
-        return Wanted(subject.name, subject.distribution, str(path.resolve()))
+        return Wanted(subject.name, subject.distribution, str(path.resolve()), name)
     index = load_registry().index
     if name in index:
         return _of_index(index[name])
     if pypi:
         distribution = f"qhub-{name.removeprefix('qhub-')}"
-        return Wanted(name.removeprefix("qhub-"), distribution, distribution)
+        return Wanted(name.removeprefix("qhub-"), distribution, distribution, f"{name} --pypi")
     more = f"`qhub plugins install {name} --pypi` takes `qhub-{name}` from the package index, whoever published it; "
     raise UsageError(f"qhub knows no plugin `{name}`", hint=more + suggest(name, index).partition(" (")[0])
 
@@ -55,7 +59,7 @@ def _of_index(entry: IndexEntry) -> Wanted:
         raise UsageError(f"plugin `{entry.name}` is {what}", hint=f"`qhub plugins search {entry.kinds[0]}` shows what there is")
     beside = Path(__file__).resolve().parents[3] / "plugins" / entry.name
     is_checkout = entry.available == "repository" and (beside / "pyproject.toml").is_file()
-    return Wanted(entry.name, entry.distribution, str(beside) if is_checkout else entry.distribution)
+    return Wanted(entry.name, entry.distribution, str(beside) if is_checkout else entry.distribution, entry.name)
 
 
 def _of_wheel(path: Path) -> Wanted:
@@ -64,4 +68,4 @@ def _of_wheel(path: Path) -> Wanted:
     section = re.search(r"^\[qhub\]\s*\n\s*([\w.-]+)\s*=", "\n".join(texts), flags=re.MULTILINE)
     if section is None:
         raise UsageError(f"`{path}` has no entry point in group `qhub`", hint="a plugin's wheel has one: see `qhub plugins new`")
-    return Wanted(section[1], path.name.split("-")[0].replace("_", "-"), str(path.resolve()))
+    return Wanted(section[1], path.name.split("-")[0].replace("_", "-"), str(path.resolve()), str(path))
