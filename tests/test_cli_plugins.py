@@ -147,7 +147,11 @@ def test_a_plugin_that_is_installed_and_does_not_load_is_said_and_can_be_removed
     ("arguments", "message", "hint"),
     [
         (["install", "mlx"], "plugin `mlx` is planned and not published yet", "`qhub plugins search exporter` shows what there is"),
-        (["install", "autoawq"], "plugin `autoawq` is archived: `awq` takes its place", "`qhub plugins search quantizer` shows what there is"),
+        (
+            ["install", "autoawq"],
+            "plugin `autoawq` is archived: `awq` takes its place",
+            "`qhub plugins search quantizer` shows what there is",
+        ),
         (["install", "awk"], "qhub knows no plugin `awk`", "`qhub plugins install awk --pypi` takes `qhub-awk` from the package index"),
         (["install", "./none"], "`none` is not a plugin's folder: it has no pyproject.toml", "`qhub plugins new NAME` writes one"),
         (["uninstall", "awk"], "no plugin `awk` is installed", ""),

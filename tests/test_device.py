@@ -85,3 +85,9 @@ def test_servers_are_known_by_their_cores():
     assert [name for name in ("intel-cpu-amx", "intel-cpu-avx2", "raspberry-pi-5", "nvidia-ada") if is_server(TARGETS[name])] == [
         "intel-cpu-amx"
     ]
+
+
+def test_a_laptop_is_its_processor_whatever_else_is_built_in():
+    assert kind_of(device("gpu-intel", "npu-intel", isa=("avx2", "avx_vnni"))) == "cpu"
+    assert kind_of(device("cuda-8.9", "gpu-intel", isa=("avx2",))) == "nvidia"
+    assert kind_of(device("npu-intel")) == "npu"

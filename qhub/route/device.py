@@ -22,6 +22,7 @@ _KINDS: tuple[tuple[str, Kind], ...] = (
     ("hexagon", "npu"),
     ("npu", "npu"),
 )
+_BESIDE_A_CPU = ("gpu", "npu")
 #: Instruction sets of CPUs with an int8 dot product.
 _DOT_PRODUCTS = ("avx_vnni", "avx512_vnni", "amx_int8", "dotprod", "i8mm", "sme")
 #: Bytes per second above which Apple's chips are Max and Ultra: their GPUs use a smaller share of the bandwidth.
@@ -38,6 +39,8 @@ def kind_of(target: Target) -> Kind:
     if target.os == "none":
         return "microcontroller"
     for prefix, kind in _KINDS:
+        if kind in _BESIDE_A_CPU and target.isa:  # a laptop's CPU is what is meant; its other processors are targets of their own
+            continue
         if any(accelerator.startswith(prefix) for accelerator in target.accelerators):
             return kind
     return "cpu"
