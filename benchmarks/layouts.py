@@ -42,7 +42,6 @@ THEIRS = {
     "gptqmodel-awq": ("gptqmodel", "--method awq --group-size 64 --dtype float16"),
     "llmcompressor-asym": ("llmcompressor", "--method gptq --group-size 64"),
     "llmcompressor-sym": ("llmcompressor", "--method rtn --group-size 128 --symmetric"),
-    "llmcompressor-act-order": ("llmcompressor", "--method gptq --group-size 64 --variant act-order"),
     "llmcompressor-channel": ("llmcompressor", "--method rtn --group-size -1 --symmetric"),
     "llmcompressor-8-bit": ("llmcompressor", "--method rtn --bits 8 --group-size 32"),
 }

@@ -4,8 +4,8 @@
 
 Variants: `mse` and `imatrix` choose the weight range by searching (the default takes minimum and maximum);
 for AWQ also `duo-both`, which searches with and without duo scaling.
-GPTQ's activation order is the tool's default, "static": by importance, groups fixed, no `g_idx`; `act-order` is "group",
-whose result needs a `weight_g_idx`. A group size of -1 is one scale per output.
+GPTQ's activation order is the tool's default, "static": by importance, groups fixed, no `g_idx` (this version has no other
+that needs one). A group size of -1 is one scale per output.
 """
 # ruff: noqa: E402, I001 - stdout is taken before the tool is imported, since that prints already
 
@@ -52,7 +52,7 @@ def recipe(job: Job) -> list[Modifier]:
         "ignore": ["lm_head", *(f"re:.*{part}.*" for part in job.ignore)],
     }
     if job.method == "gptq":
-        return [GPTQModifier(**target, **({"actorder": "group"} if job.variant == "act-order" else {}))]
+        return [GPTQModifier(**target)]
     if job.method == "rtn":
         return [QuantizationModifier(**target)]
     scaling = AWQModifier(mappings=awq_mappings(job), duo_scaling="both" if job.variant == "duo-both" else True)
@@ -113,7 +113,7 @@ def export_dequantized(job: Job, out: Path) -> dict[str, float]:
 
 def main() -> None:
     """Read the arguments, do the job, print the result."""
-    job = parse_job(__doc__, ["gptq", "awq", "rtn"], [*OBSERVERS, "duo-both", "act-order"])
+    job = parse_job(__doc__, ["gptq", "awq", "rtn"], [*OBSERVERS, "duo-both"])
     result = Result()
     allow_cpu()
     with result.stage("load"):
