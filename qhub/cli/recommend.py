@@ -109,6 +109,8 @@ def to_json(found: Recommendation) -> dict[str, Any]:
 def _title(found: Recommendation) -> str:
     model = found.model
     quantity = f"{model.parameters / 1e6:.4g} M parameters, {human_bytes(model.weight_bytes)} in {model.dtype}"
+    if not model.complete:
+        quantity = "parameters and size unknown from these files"
     return f"{model.source}: {model.architecture} ({model.task}), {quantity}"
 
 
