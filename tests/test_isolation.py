@@ -482,7 +482,6 @@ def test_more_memory_than_allowed_ends_it(place, env):
 def test_more_time_than_allowed_ends_it(place, env, tmp_path):
     ran = run(command("slow"), place, env={**env, "TOY": "hang", "QHUB_STAGE_TIMEOUT": "8"})
     assert (ran.code, error_of(ran)) == (4, "error: stage `quantize` of `toy` took longer than `8` s, the limit of QHUB_STAGE_TIMEOUT")
-    assert len(pids(tmp_path / "pids")) == 2
     assert not any(map(is_running, pids(tmp_path / "pids")))
 
 

@@ -113,7 +113,7 @@ class _Elsewhere:
             message = f"{who} took `{ended.peak_bytes / 1e9:.2f}` GB of memory, more than the bound of {bound:.2f} GB"
             return QhubError(message, hint="give a larger `--max-memory`, or fewer `--samples`")
         if ended.over == "time":
-            message = f"{who} took longer than `{ended.seconds:.0f}` s, the limit of {TIMEOUT}"
+            message = f"{who} took longer than `{os.environ[TIMEOUT]}` s, the limit of {TIMEOUT}"
             return PluginError(message, hint=f"give it more time, or none: `unset {TIMEOUT}`")
         if self.failures:
             said = self.failures[-1]

@@ -37,7 +37,6 @@ class Ended:
     code: int
     over: str | None
     peak_bytes: int
-    seconds: float
 
     @property
     def signal(self) -> signal.Signals | None:
@@ -54,7 +53,7 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path,
     However this returns or raises (an interruption too), none of the command's processes is left; and none outlives this
     process, however that ends.
     """
-    limits, started = limits or Limits(), time.monotonic()
+    limits = limits or Limits()
     with log.open("ab") as stderr:
         process = _start(command, stderr)
         lines: queue.Queue[str] = queue.Queue()
@@ -70,7 +69,7 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path,
             _close(process)
     for line in _waiting(lines):
         on_line(line)
-    return Ended(code, over, peak_bytes, time.monotonic() - started)
+    return Ended(code, over, peak_bytes)
 
 
 def _start(command: Sequence[str], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
