@@ -101,7 +101,7 @@ def test_what_cannot_be_answered_is_an_error(ask, arguments, code, message):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "reason"), [("LlamaForCausalLM", None), ("ToyForNothing", "`toy-whole` does not take `ToyForNothing`")]
+    ("architecture", "reason"), [("LlamaForCausalLM", None), ("ToyForCausalLM", "`toy-whole` does not take `ToyForCausalLM`")]
 )
 def test_a_model_is_judged_by_the_method_itself(ask, architecture, reason):
     profile = ModelProfile("m", "/m", "llm", architecture, 5, "bf16", 10)

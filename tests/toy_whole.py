@@ -40,8 +40,8 @@ class Toy(WholeModel):
     distribution = "qhub-toy"
     options = {"bias": 0}
     def reject(self, profile, scheme):
-        if profile.architecture == "ToyForNothing":
-            return "`toy-whole` does not take `ToyForNothing`"
+        if profile.architecture == "ToyForCausalLM":
+            return "`toy-whole` does not take `ToyForCausalLM`"
         return super().reject(profile, scheme)
     def quantize_model(self, job):
         import torch
