@@ -88,7 +88,10 @@ def test_wrong_arguments_are_a_usage_line(arguments, capsys):
 
 def test_a_folder_that_is_no_run_is_one_error(tmp_path, capsys):
     assert stage.main(["quantize", str(tmp_path)]) == 1
-    assert capsys.readouterr() == ("", f"error: `{tmp_path}` is not a run directory: it has no state.json\n\nhint: `qhub run` makes one\n")
+    said = capsys.readouterr()
+    message, hint = f"`{tmp_path}` is not a run directory: it has no state.json", "`qhub run` makes one"
+    assert said.err == f"error: {message}\n\nhint: {hint}\n"
+    assert json.loads(said.out) == {"event": "error", "kind": "QhubError", "message": message, "hint": hint}
 
 
 @pytest.mark.parametrize(("name", "missing"), [("verify", "work/artifacts.json"), ("report", "work/artifacts.json")])

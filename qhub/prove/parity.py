@@ -42,19 +42,19 @@ def compare_logits(quantized: Path, artifact: Path, runtime: Runtime, ids: NDArr
     return {
         "checked": True,
         "max_abs_diff": float((found - expected).abs().max()),
-        "codes_identical": _codes_identical(quantized, artifact),
+        "codes_identical": codes_identical(quantized, artifact),
         "how": f"opened with `{runtime.name}`; logits of {ids.size} tokens against qhub's reference; codes read back from the file",
     }
 
 
 def compare_codes(quantized: Path, artifact: Path, why: str) -> dict[str, Any]:
     """What can be said of an artifact that nothing here opens (`why`): whether its codes, read back, are the QuantizedModel's."""
-    identical = _codes_identical(quantized, artifact)
+    identical = codes_identical(quantized, artifact)
     read = "" if identical is None else f"; codes, scales and zeros read back from the file: {'the same' if identical else 'DIFFERENT'}"
     return {"checked": False, "codes_identical": identical, "how": f"{why}{read}"}
 
 
-def _codes_identical(quantized: Path, artifact: Path) -> bool | None:
+def codes_identical(quantized: Path, artifact: Path) -> bool | None:
     """Whether all codes, scales and zeros in the artifact equal the QuantizedModel's; None for formats that are read elsewhere."""
     if not (artifact / "config.json").exists():
         return None

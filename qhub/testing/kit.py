@@ -103,7 +103,7 @@ def _settings(folder: Path) -> dict[str, str]:
     """Variables that keep what libraries write inside `folder`."""
     return {
         "TMPDIR": str(folder / "tmp"), "HF_HOME": str(folder / "tmp"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_CACHE_DIR": str(folder / "tmp"),
     }  # fmt: skip
 
 

@@ -18,11 +18,11 @@ from qhub.errors import QhubError
 from qhub.events import Events
 from qhub.interfaces import Exporter, Quantizer, Runtime
 from qhub.plugins import Plugins
-from qhub.prove.parity import reference_logits
+from qhub.prove.parity import codes_identical, reference_logits
 from qhub.quantize.block import LayerChoice
 from qhub.quantize.grid import quantize_rtn
 from qhub.quantize.qtensor import QTensor
-from qhub.quantize.store import METADATA, QuantizedWeights, finish, folder_digest, open_model
+from qhub.quantize.store import QuantizedWeights, finish, folder_digest, open_model
 from qhub.quantize.walk import WalkPlan, WalkResult, walk
 from qhub.route.profile import profile
 from qhub.testing import tiny
@@ -225,13 +225,14 @@ def _exports_again(exporter: Exporter, folder: Path, first: Artifact) -> None:
 
 
 def _exact(exporter: Exporter, model: Path, artifact: Path) -> None:
-    expected = QuantizedWeights(model)
-    found = exporter.read_layers(artifact)
-    if found is None and (artifact / METADATA).exists():
-        there = QuantizedWeights(artifact)
-        found = {name: there.layer(name) for name in there.schemes}
+    expected, found = QuantizedWeights(model), exporter.read_layers(artifact)
     if found is None:
-        raise CheckSkippedError("it has no `read_layers`, so only a runtime of this format can tell")
+        same = codes_identical(model, artifact)
+        if same is None:
+            raise CheckSkippedError("it has no `read_layers`, so only a runtime of this format can tell")
+        if not same:
+            raise CheckFailedError("codes, scales and zeros of the folder are not those that were quantized")
+        return
     if set(found) != set(expected.schemes):
         odd = sorted(set(found) ^ set(expected.schemes))
         raise CheckFailedError(f"layers differ: `{odd[0]}`" + (f" and {len(odd) - 1} more" if len(odd) > 1 else ""))
