@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -50,11 +49,15 @@ class Lock:
     def digest(self) -> str:
         """sha256 over Python, versions and what was asked: the same environment has the same one, whenever it was made."""
         decisive = [self.python, self.asked_sha256, sorted(self.packages.items())]
+        import hashlib
+
         return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
     @property
     def asked_sha256(self) -> str:
         """sha256 over the requirements as given."""
+        import hashlib
+
         return hashlib.sha256("\n".join(self.asked).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:

@@ -53,9 +53,12 @@ def lower_factor(gram: torch.Tensor, damping: float = 0.01, order: torch.Tensor 
 
 
 def _in_order(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """A symmetric matrix (K, K) with rows and columns in `order`."""
-    columns = matrix.index_select(0, order).t().contiguous()
-    return columns.index_select(0, order)
+    """A symmetric matrix (K, K) with rows and columns in `order`, made in strips: a second whole copy would be the peak of a run."""
+    found = torch.empty_like(matrix)
+    for start in range(0, len(matrix), _BLOCK):
+        rows = matrix.index_select(0, order[start : start + _BLOCK])
+        torch.index_select(rows, 1, order, out=found[start : start + _BLOCK])
+    return found
 
 
 def turned(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -81,9 +84,12 @@ def _cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
     return matrix.tril_()
 
 
-def solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """X (K, N) with L Lᵀ X = `right` (K, N), for `factor` L (K, K) lower triangular; blocked like the factorisation."""
-    solution = right.clone(memory_format=torch.contiguous_format)
+def solve(factor: torch.Tensor, right: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+    """X (K, N) with L Lᵀ X = `right` (K, N), for `factor` L (K, K) lower triangular; blocked like the factorisation.
+
+    With `overwrite`, `right` must be contiguous and X takes its place.
+    """
+    solution = right if overwrite else right.clone(memory_format=torch.contiguous_format)
     size = len(factor)
     starts = list(range(0, size, _BLOCK))
     inverses = [_inverse(factor[start : start + _BLOCK, start : start + _BLOCK]) for start in starts]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from qhub import QTensor
+    from qhub_gptq.solver import Hessian
 
 
 class Gptq(Quantizer):
@@ -41,7 +42,7 @@ class Gptq(Quantizer):
         import torch
 
         weights = {name: weight for name, weight in group.weights.items() if name in names}
-        quantized = self._solve_tall(torch.cat(list(weights.values())), list(weights), scheme, group, block)
+        quantized = self._solve_tall(_tall(list(weights.values())), list(weights), scheme, group, block)
         parts = torch.arange(len(quantized.codes)).split([len(weight) for weight in weights.values()])
         return {name: quantized.rows(int(part[0]), int(part[-1]) + 1) for name, part in zip(weights, parts, strict=True)}
 
@@ -59,9 +60,7 @@ class Gptq(Quantizer):
         if hessian is None:
             block.note(group, "rounded to nearest: the Hessian does not factorise")
             return quantize_rtn(weight, scheme, block.dtype)
-        if self.settings["compensate"]:
-            shortfalls = [missing for name in names if (missing := group.shortfall(name)) is not None]
-            weight = hessian.compensate(weight, torch.cat(shortfalls)) if shortfalls else weight
+        weight = self._compensated(weight, names, group, hessian)
         grid = search_grid(weight, scheme, block.dtype, gram.diagonal())
         best, least = None, None
         for _ in range(1 + self._refits(scheme)):
@@ -73,9 +72,23 @@ class Gptq(Quantizer):
         assert best is not None
         return best
 
+    def _compensated(self, weight: torch.Tensor, names: Sequence[str], group: Group, hessian: Hessian) -> torch.Tensor:
+        """The weight to round: the float model's, corrected where the layers have a shortfall to make up for."""
+        if not self.settings["compensate"]:
+            return weight
+        shortfalls = [missing for name in names if (missing := group.shortfall(name)) is not None]
+        return hessian.compensate(weight, _tall(shortfalls)) if shortfalls else weight
+
     def _refits(self, scheme: Scheme) -> int:
         chosen = self.settings["refits"]
         return (2 if scheme.weight_bits < 4 else 0) if chosen == "auto" else int(chosen)
+
+
+def _tall(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matrices of one width on top of each other; a single one is not copied."""
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 @hookimpl

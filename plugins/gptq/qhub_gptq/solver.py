@@ -37,7 +37,7 @@ class Hessian:
     def compensate(self, weight: torch.Tensor, shortfall: torch.Tensor) -> torch.Tensor:
         """`qhub.compensate` for weight and shortfall (N, K) as they lie in the model."""
         change = torch.empty_like(shortfall.t(), memory_format=torch.contiguous_format)
-        change[self.order] = solve(self.factor, turned(shortfall, self.order))
+        change[self.order] = solve(self.factor, turned(shortfall, self.order), overwrite=True)
         return weight + change.t()
 
 
