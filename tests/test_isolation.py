@@ -375,7 +375,7 @@ def test_over_a_limit_all_of_the_group_is_ended(tmp_path, limits, over):
     lines: list[str] = []
     ended = run_group(python(source), lines.append, tmp_path / "log", limits)
     assert ended.over == over
-    assert not any(is_running(int(pid)) for pid in lines[0].split())
+    wait_until(lambda: not any(is_running(int(pid)) for pid in lines[0].split()))
 
 
 @LINUX
