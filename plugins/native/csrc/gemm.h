@@ -12,7 +12,9 @@
 //   zero    uint8 [b][g][16]; absent (null) where it is 2^(bits − 1) everywhere.
 // One layout serves every instruction set, so a packed file can move between machines.
 //
-// Activations of the fast path are int8, quantized per row and group: x[m, k] ≈ q[m, k] · scale[m, g], q in −127 … 127.
+// Activations of the fast path are int8, quantized per row and group: x[m, k] ≈ q[m, k] · scale[m, g], q in −127 … 127, rounded half
+// to even; every kernel finds the same bits. A group whose largest magnitude is below kSmallest has q = 0; one with an infinite
+// value or a NaN has q = 0 and a scale that is not finite, so that y is not finite either.
 // Everything is little-endian, 64-byte aligned, and owned by the caller; no kernel allocates.
 #pragma once
 
@@ -23,6 +25,11 @@ namespace qhub {
 
 constexpr size_t kBlock = 16;  // outputs per block
 constexpr size_t kLine = 64;   // bytes per line of codes
+
+constexpr float kSmallest = 0x1p-118f;  // 127 / kSmallest is still a finite float32
+
+// What x is multiplied by to become q.
+inline float inverse_step(float largest) { return largest >= kSmallest && largest < __builtin_inff() ? 127.0f / largest : 0.0f; }
 
 struct Cpu;
 

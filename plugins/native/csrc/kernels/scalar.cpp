@@ -1,4 +1,5 @@
 // The reference: plain loops that say what every other kernel computes.
+#include <algorithm>
 #include <cmath>
 
 #include "../half.h"
@@ -26,13 +27,13 @@ float scale_at(const Weights& w, size_t block, size_t g, size_t j) {
 void quantize(const float* x, const Weights& w, float factor, int8_t* q, float* scale, int32_t* sum) {
   for (size_t g = 0; g < groups(w); ++g) {
     const size_t begin = g * w.group, end = begin + w.group;
-    float largest = 0;
-    for (size_t k = begin; k < end && k < w.inputs; ++k) largest = std::fmax(largest, std::fabs(x[k]));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    uint32_t top = 0;  // magnitudes as integers: infinities and NaNs are the largest
+    for (size_t k = begin; k < end && k < w.inputs; ++k) top = std::max(top, bits_of_float(x[k]) & 0x7fffffff);
+    const float largest = float_from_bits(top), inverse = inverse_step(largest);
     scale[g] = largest / 127.0f * factor;
     sum[g] = 0;
     for (size_t k = begin; k < end; ++k) {
-      q[k] = k < w.inputs ? static_cast<int8_t>(std::nearbyint(x[k] * inverse)) : int8_t{0};
+      q[k] = k < w.inputs && inverse > 0 ? static_cast<int8_t>(std::nearbyint(x[k] * inverse)) : int8_t{0};
       sum[g] += q[k];
     }
   }

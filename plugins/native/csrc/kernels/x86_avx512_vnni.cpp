@@ -1,6 +1,7 @@
 // AVX512-VNNI: 64 products per instruction, int32 sums per group of inputs.
 #include <immintrin.h>
 
+#include "../half.h"
 #include "../isa.h"
 #include "../kernels.h"
 
@@ -161,17 +162,18 @@ void quantize(const float* x, const Weights& w, float factor, int8_t* q, float* 
     const size_t begin = g * w.group;
     __m512 values[8];  // the largest group: 128
     const size_t parts = w.group / 16;
-    __m512 largest = _mm512_setzero_ps();
+    __m512i largest = _mm512_setzero_si512();  // magnitudes as integers: infinities and NaNs are the largest
     for (size_t i = 0; i < parts; ++i) {
       const size_t k = begin + 16 * i, left = w.inputs > k ? w.inputs - k : 0;
       values[i] = _mm512_maskz_loadu_ps(left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1), x + k);
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(values[i]));
+      largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(values[i])));
     }
-    const float top = _mm512_reduce_max_ps(largest);
-    const __m512 inverse = _mm512_set1_ps(top > 0 ? 127.0f / top : 0.0f);
+    const float top = float_from_bits(_mm512_reduce_max_epu32(largest)), factor_in = inverse_step(top);
+    const __m512 inverse = _mm512_set1_ps(factor_in);
+    const __mmask16 usable = factor_in > 0 ? 0xffff : 0;
     __m512i total = _mm512_setzero_si512();
     for (size_t i = 0; i < parts; ++i) {
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));
+      const __m512i rounded = _mm512_maskz_cvtps_epi32(usable, _mm512_mul_ps(values[i], inverse));
       total = _mm512_add_epi32(total, rounded);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(q + begin + 16 * i), _mm512_cvtepi32_epi8(rounded));
     }
