@@ -22,7 +22,7 @@ def plain(native_program) -> Path:
 
 @pytest.fixture(scope="module")
 def sanitized(native_program) -> Path:
-    return native_program("kernels_test", "-DQHUB_SANITIZE=ON")
+    return native_program("kernels_test", "-DQHUB_SANITIZE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
