@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-NAMES = ("avx512_vnni", "scalar")
+NAMES = ("avx512_vnni", "avx_vnni", "avx2", "scalar")
 ABSENT = [program for program in ("c++", "cmake") if shutil.which(program) is None]
 
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"not on this machine: {', '.join(ABSENT)}")
