@@ -30,6 +30,7 @@ _HOMES = {
     "qhub.quantize.linalg": ("compensate", "lower_factor", "output_loss", "product", "solve", "turned"),
     "qhub.quantize.store": ("QuantizedWeights", "folder_digest"),
     "qhub.quantize.layouts.writer": ("write_layout",),
+    "qhub.weights": ("TensorInfo", "WeightFiles"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
         Scheme,
         Target,
     )
+    from qhub.weights import TensorInfo, WeightFiles
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562

@@ -13,22 +13,22 @@ constexpr size_t kQueryRows = 32;     // rows of queries that walk over the keys
 
 size_t tiles(size_t count, size_t step) { return (count + step - 1) / step; }
 
-size_t key_bytes(size_t layers, const Architecture& shape, size_t capacity) { return layers * shape.kv_heads * capacity * shape.dim * 2; }
-
 size_t rounded(size_t capacity) { return tiles(capacity, kScoreBlock) * kScoreBlock; }
 
 }  // namespace
 
-Sequence::Sequence(size_t layers, const Architecture& shape, size_t capacity)
-    : layers_(layers), kv_heads_(shape.kv_heads), dim_(shape.dim), capacity_(capacity),
-      keys_(key_bytes(layers, shape, rounded(capacity)), Pages::small), values_(key_bytes(layers, shape, rounded(capacity)), Pages::small) {}
+Sequence::Sequence(size_t layers, const Architecture& shape, size_t capacity, bool wide)
+    : layers_(layers), kv_heads_(shape.kv_heads), size_(shape.dim), capacity_(capacity), wide_(wide),
+      keys_(bytes_for(rounded(capacity)), Pages::small), values_(bytes_for(rounded(capacity)), Pages::small) {}
+
+size_t Sequence::bytes_for(size_t positions) const { return layers_ * kv_heads_ * positions * cache_dim(size_) * (wide_ ? 4 : 2); }
 
 Cache Sequence::cache(size_t layer, size_t head) const {
-  const size_t offset = (layer * kv_heads_ + head) * rounded(capacity_) * dim_;
-  return {keys_.as<uint16_t>() + offset, values_.as<uint16_t>() + offset, dim_};
+  const size_t dim = cache_dim(size_), offset = (layer * kv_heads_ + head) * rounded(capacity_) * dim * (wide_ ? 4 : 2);
+  return {keys_.data() + offset, values_.data() + offset, wide_, size_, dim};
 }
 
-size_t Sequence::bytes_used() const { return 2 * layers_ * kv_heads_ * dim_ * tiles(length_, kKeyBlock) * kKeyBlock * 2; }
+size_t Sequence::bytes_used() const { return 2 * bytes_for(tiles(length_, kKeyBlock) * kKeyBlock); }
 
 Decoder::Decoder(Architecture shape, std::vector<Rope> tables, Engine with) : architecture(shape), ropes(std::move(tables)), engine(with) {}
 
@@ -184,7 +184,7 @@ void Decoder::attend(const Layer& layer, size_t index) {
   const size_t out_width = architecture.heads * dim;
   float* out = grown(mixed_, tokens_.size() * out_width);
   const std::vector<Span> pieces = spans(std::max<size_t>(1, kQueryRows / group));
-  const size_t most = std::max<size_t>(kQueryRows, group), scratch = attention_scratch(most, dim);
+  const size_t most = std::max<size_t>(kQueryRows, group), scratch = attention_scratch(most, cache_dim(dim));
   float* scratches = grown(attention_scratch_, scratch * static_cast<size_t>(engine.pool->threads()));
   engine.pool->run(pieces.size() * architecture.kv_heads, [&](size_t chunk, int thread) {
     const Span span = pieces[pieces.size() - 1 - chunk / architecture.kv_heads];  // the longest first

@@ -38,7 +38,7 @@ struct Rope {
 // Keys and values of one conversation. Memory is touched as it grows.
 class Sequence {
  public:
-  Sequence(size_t layers, const Architecture& shape, size_t capacity);
+  Sequence(size_t layers, const Architecture& shape, size_t capacity, bool wide);
 
   Cache cache(size_t layer, size_t head) const;
   size_t length() const { return length_; }
@@ -49,7 +49,10 @@ class Sequence {
 
  private:
   friend class Decoder;
-  size_t layers_, kv_heads_, dim_, capacity_, length_ = 0;
+  size_t bytes_for(size_t positions) const;
+
+  size_t layers_, kv_heads_, size_, capacity_, length_ = 0;
+  bool wide_;  // float32 instead of float16
   Memory keys_, values_;
 };
 

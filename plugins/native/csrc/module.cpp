@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -189,7 +190,7 @@ void check_layer(const Architecture& a, const Layer& layer, size_t ropes) {
 void check(const Architecture& a, const std::vector<Rope>& ropes) {
   require(a.hidden && a.heads && a.kv_heads && a.dim && a.ffn && a.vocabulary && a.context, "an architecture's sizes are positive");
   require(a.heads % a.kv_heads == 0, "key/value heads divide the heads");
-  require(a.dim % 16 == 0, "the size of a head is a multiple of 16");
+  require(a.dim % 2 == 0, "the size of a head is even");
   for (const Rope& rope : ropes) require(rope.frequencies.size() * 2 <= a.dim, "a head has two numbers for each frequency");
 }
 
@@ -310,7 +311,7 @@ NB_MODULE(_native, module) {
       }, "qkv"_a, "out"_a, "gate_up"_a, "down"_a, "norms"_a, "window"_a, "rope"_a)
       .def("sequence", [](const Decoder& self, size_t capacity) {
         require(capacity > 0 && capacity <= self.architecture.context, "a sequence is no longer than the model's context");
-        return std::make_shared<Sequence>(self.layers.size(), self.architecture, capacity);
+        return std::make_shared<Sequence>(self.layers.size(), self.architecture, capacity, self.engine.exact);
       }, "capacity"_a)
       .def("step", &step, "sequences"_a, "ids"_a, "wanted"_a);
 

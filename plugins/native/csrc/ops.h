@@ -13,19 +13,24 @@ enum class Gate : int { silu, gelu_tanh, gelu };
 
 constexpr size_t kKeyBlock = 16;  // positions per block of keys
 
-// Keys and values of one layer and one key/value head, float16.
+// Keys and values of one layer and one key/value head: float16, or float32 for the exact path.
 //   keys   [positions / 16][dim][16]: sixteen positions side by side, so that scores need no sums across lanes
 //   values [positions][dim]
+// Beyond `size` both hold zeros.
 struct Cache {
-  uint16_t* keys;
-  uint16_t* values;
-  size_t dim;  // a multiple of 16
+  void* keys;
+  void* values;
+  bool wide;    // float32
+  size_t size;  // numbers of a head
+  size_t dim;   // the same, rounded up to a multiple of 16
 };
+
+inline size_t cache_dim(size_t size) { return (size + 15) / 16 * 16; }
 
 // Rows of queries against one key/value head. Row r is a query at position last[r]: it sees positions first[r] … last[r].
 struct Attention {
-  const float* const* queries;  // [rows] → dim floats
-  float* const* out;            // [rows] → dim floats
+  const float* const* queries;  // [rows] → size floats
+  float* const* out;            // [rows] → size floats
   const size_t* first;
   const size_t* last;
   size_t rows;

@@ -1,0 +1,76 @@
+"""One linear layer of a QuantizedModel as arrays: the codes' bytes as they lie in the file, scales and zeros unpacked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qhub import Scheme, Unsupported
+from qhub_native._native import Part, Shape
+from qhub_native.tensors import Tensors
+
+GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantized layer: codes (N, bytes per row), scale (N, G) float32, zero (N, G) uint8 or None if symmetric."""
+
+    scheme: Scheme
+    inputs: int
+    codes: NDArray[np.uint8]
+    scale: NDArray[np.float32]
+    zero: NDArray[np.uint8] | None
+
+    @property
+    def every(self) -> int:
+        """Inputs that share a scale."""
+        return self.scheme.group_size or self.inputs
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """(group, bits, symmetric) of its packed matrix: layers of one kind and input become one."""
+        return group_of(self.scheme, self.inputs), 4 if self.scheme.weight_bits <= 4 else 8, self.zero is None
+
+    def part(self) -> Part:
+        """As `pack` takes it."""
+        return Part(self.codes, self.scale, self.zero, bits=self.scheme.weight_bits, every=self.every)
+
+
+def group_of(scheme: Scheme, inputs: int) -> int:
+    """Inputs per group of the packed matrix: the largest that the scheme's groups are made of.
+
+    :raises Unsupported: when there is none.
+    """
+    every = scheme.group_size or (inputs if inputs % 32 == 0 else 32)  # the last group of a whole row is filled up
+    found = next((group for group in GROUPS if every % group == 0), None)
+    if found is None:
+        raise Unsupported(f"`native` has no kernel for groups of {scheme.group_size}", hint="use a scheme with g32, g64 or g128")
+    return found
+
+
+def read_layer(tensors: Tensors, name: str, scheme: Scheme) -> Stored:
+    """Layer `name` of the files, stored as `qhub.quantize.store` says."""
+    rows, inputs = (int(number) for number in tensors.array(f"{name}.weight_shape"))
+    codes = tensors.raw(f"{name}.weight_packed").reshape(rows, -1)
+    scale = tensors.floats(f"{name}.weight_scale")
+    zero = None if scheme.symmetric else _zeros(tensors, f"{name}.weight_zero_point", scheme.weight_bits, scale.shape)
+    return Stored(scheme, inputs, codes, scale, zero)
+
+
+def _zeros(tensors: Tensors, name: str, bits: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """zero (N, G): stored as int8 less 2**(bits − 1), or as a bit stream along N (words (ceil(N · bits / 32), G))."""
+    stored = tensors.array(name)
+    if stored.dtype == np.int8:
+        return (stored.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    stream = np.ascontiguousarray(stored.T).view(np.uint8)
+    flat = np.unpackbits(stream, axis=1, bitorder="little", count=shape[0] * bits).reshape(shape[1], shape[0], bits)
+    return np.ascontiguousarray(np.packbits(flat, axis=2, bitorder="little")[:, :, 0].T)
+
+
+def shape_of(parts: list[Stored]) -> Shape:
+    """The shape of the parts, one below the other."""
+    group, bits, symmetric = parts[0].kind
+    return Shape(sum(len(part.codes) for part in parts), parts[0].inputs, group=group, bits=bits, symmetric=symmetric)

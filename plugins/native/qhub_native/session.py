@@ -1,0 +1,106 @@
+"""An opened model: logits, generation, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qhub import QhubError
+from qhub_native import _native
+from qhub_native.load import Loaded, Options, load
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 takes the most probable; `top_k` 0 and `top_p` 1 keep all."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def native(self) -> _native.Sampling:
+        """As the binding takes it."""
+        made = _native.Sampling()
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            setattr(made, name, getattr(self, name))
+        return made
+
+
+class NativeSession:
+    """A QuantizedModel run by the kernels of this plugin."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        self.loaded: Loaded = load(path, options)
+        self.family = self.loaded.family
+        self.stops = self.family.stops
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """ids (B, T) → next-token logits (B, T, V) float32; the B sequences go through together."""
+        batch, length = ids.shape
+        sequences = [self.sequence(length) for _ in range(batch)]
+        flat = self.loaded.decoder.step(sequences, [self._checked(row) for row in ids], "all")
+        return np.asarray(flat).reshape(batch, length, -1)
+
+    def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """ids (T) → hidden states after the last norm (T, H) float32."""
+        return np.asarray(self.loaded.decoder.step([self.sequence(len(ids))], [self._checked(ids)], "hidden"))
+
+    def sequence(self, capacity: int | None = None) -> _native.Sequence:
+        """An empty conversation with room for `capacity` tokens (default: the model's context)."""
+        wanted = capacity or self.family.context
+        if wanted > self.family.context:
+            message = f"`{wanted}` tokens do not fit the model's context of {self.family.context}"
+            raise QhubError(message, hint="shorten the prompt, or ask for fewer new tokens")
+        return self.loaded.decoder.sequence(wanted)
+
+    def feed(self, sequence: _native.Sequence, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Append `ids` to the conversation; the logits (V) that follow its last token.
+
+        :raises QhubError: when there is no room for them; the conversation is as it was.
+        """
+        if sequence.length + len(ids) > sequence.capacity:
+            message = f"`{len(ids)}` more tokens do not fit: {sequence.length} of {sequence.capacity} are taken"
+            raise QhubError(message, hint="shorten the prompt, or begin anew (`/reset` in a chat)")
+        return np.asarray(self.loaded.decoder.step([sequence], [self._checked(ids)], "last"))[0]
+
+    def generate(
+        self, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """Token ids that continue `ids`, one at a time, until a stop token; `sampling` says more than temperature and seed."""
+        chosen = sampling or Sampling(temperature=temperature, seed=seed)
+        yield from self.reply(self.sequence(min(self.family.context, len(ids) + max_new_tokens)), ids, max_new_tokens, chosen)
+
+    def reply(self, sequence: _native.Sequence, ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """Append `ids` to the conversation and yield what follows; what is yielded and not yet appended is appended next."""
+        settings, random = sampling.native(), _native.Random(sampling.seed)
+        seen = [int(token) for token in ids]
+        logits = self.feed(sequence, seen)
+        for count in range(max_new_tokens):
+            token = _native.sample(logits, np.asarray(seen, dtype=np.int32), settings, random)
+            if token in self.stops:
+                return
+            yield token
+            seen.append(token)
+            if count + 1 < max_new_tokens:
+                if sequence.length == sequence.capacity:
+                    return
+                logits = self.feed(sequence, [token])
+
+    def _checked(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
+        tokens = np.asarray(ids)
+        if tokens.size == 0:
+            raise QhubError("there are no tokens", hint="give a prompt of at least one token")
+        if tokens.min() < 0 or tokens.max() >= self.family.vocabulary:
+            raise QhubError(f"a token is not in the vocabulary of {self.family.vocabulary}", hint="use the model's own tokenizer")
+        return np.ascontiguousarray(tokens, dtype=np.int32)
+
+    def close(self) -> None:
+        """Give memory back."""
+        del self.loaded
