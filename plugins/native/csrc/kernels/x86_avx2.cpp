@@ -25,7 +25,11 @@ inline __m256i four_inputs(const int8_t* q) {
   return _mm256_set1_epi32(word);
 }
 
-inline __m256i add_products(__m256i sum, __m256i codes, __m256i inputs) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, inputs)); }
+// The empty statement keeps gcc from regrouping the additions, for which it would keep every product, and not in registers.
+inline void add_products(__m256i& sum, __m256i codes, __m256i inputs) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, inputs));
+  __asm__("" : "+x"(sum));
+}
 
 // 4 lines of 4-bit codes: both nibbles into one sum, for different inputs.
 template <int M>
@@ -38,15 +42,15 @@ inline void chunk4(const uint8_t* line, const int8_t* const* q, size_t k, __m256
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const __m256i inputs = four_inputs(q[m] + k);
-      products[m][0] = add_products(products[m][0], a_low, inputs);
-      products[m][1] = add_products(products[m][1], b_low, inputs);
+      add_products(products[m][0], a_low, inputs);
+      add_products(products[m][1], b_low, inputs);
     }
     const __m256i a_high = high_nibbles(a), b_high = high_nibbles(b);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const __m256i inputs = four_inputs(q[m] + k + 4);
-      products[m][0] = add_products(products[m][0], a_high, inputs);
-      products[m][1] = add_products(products[m][1], b_high, inputs);
+      add_products(products[m][0], a_high, inputs);
+      add_products(products[m][1], b_high, inputs);
     }
   }
   const __m256i ones = _mm256_set1_epi16(1);
@@ -61,14 +65,14 @@ inline void chunk8(const uint8_t* lines, const int8_t* const* q, size_t first, _
   for (int half = 0; half < 2; ++half) {
     __m256i low[M] = {}, high[M] = {};
     const uint8_t* line = lines;
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (size_t i = 0; i < 8; ++i, line += kLine) {
       const __m256i codes = half_line(line, half), codes_low = low_nibbles(codes), codes_high = high_nibbles(codes);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const __m256i inputs = four_inputs(q[m] + first + 4 * i);
-        low[m] = add_products(low[m], codes_low, inputs);
-        high[m] = add_products(high[m], codes_high, inputs);
+        add_products(low[m], codes_low, inputs);
+        add_products(high[m], codes_high, inputs);
       }
     }
     for (int m = 0; m < M; ++m) {
