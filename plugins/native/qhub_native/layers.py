@@ -29,11 +29,6 @@ class Stored:
         """Inputs that share a scale."""
         return self.scheme.group_size or self.inputs
 
-    @property
-    def kind(self) -> tuple[int, int, bool]:
-        """(group, bits, symmetric) of its packed matrix: layers of one kind and input become one."""
-        return group_of(self.scheme, self.inputs), 4 if self.scheme.weight_bits <= 4 else 8, self.zero is None
-
     def part(self) -> Part:
         """As `pack` takes it."""
         return Part(self.codes, self.scale, self.zero, bits=self.scheme.weight_bits, every=self.every)
@@ -70,7 +65,9 @@ def _zeros(tensors: Tensors, name: str, bits: int, shape: tuple[int, ...]) -> ND
     return np.ascontiguousarray(np.packbits(flat, axis=2, bitorder="little")[:, :, 0].T)
 
 
-def shape_of(parts: list[Stored]) -> Shape:
-    """The shape of the parts, one below the other."""
-    group, bits, symmetric = parts[0].kind
-    return Shape(sum(len(part.codes) for part in parts), parts[0].inputs, group=group, bits=bits, symmetric=symmetric)
+def packed_shape(tensors: Tensors, names: tuple[str, ...], scheme: Scheme) -> Shape:
+    """The shape of the matrix that layers of one scheme and input become, one below the other; reads no codes."""
+    sizes = [[int(number) for number in tensors.array(f"{name}.weight_shape")] for name in names]
+    inputs = sizes[0][1]
+    bits = 4 if scheme.weight_bits <= 4 else 8
+    return Shape(sum(rows for rows, _ in sizes), inputs, group=group_of(scheme, inputs), bits=bits, symmetric=scheme.symmetric)

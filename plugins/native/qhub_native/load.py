@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from qhub import QhubError, Scheme, Unsupported
 from qhub_native import packs
 from qhub_native._native import Architecture, Decoder, Linear, Pool, Shape, pack, pack_float
 from qhub_native.families import Family, family_of
-from qhub_native.layers import Stored, read_layer, shape_of
+from qhub_native.layers import Stored, packed_shape, read_layer
 from qhub_native.tensors import Tensors
 
 _HEAD_GROUPS = (128, 64, 32)
@@ -132,11 +134,11 @@ class _Loader:
         if opened is None:
             opened = self._pack()
             if self.options.cache:
-                _try_to_keep(path, key, opened)
+                _keep(path, key, opened)
         return opened
 
     def _pack(self) -> packs.Pack:
-        shapes = {names[0]: self._shape(names) for runs in self.groups.values() for names in runs if names[0] in self.schemes}
+        shapes = {names[0]: packed_shape(self.tensors, names, self.schemes[names[0]]) for runs in self.groups.values() for names in runs if names[0] in self.schemes}
         if not self.options.exact:
             shapes[self.head_name] = self._head_shape()
         entries = packs.plan(shapes)
@@ -146,7 +148,7 @@ class _Loader:
             for names in runs:
                 if names[0] in self.schemes:
                     parts = [read_layer(self.tensors, name, self.schemes[name]) for name in names]
-                    entries[names[0]] = replace(entries[names[0]], exponent=self._pack_parts(parts, made.matrix(names[0])))
+                    entries[names[0]] = replace(entries[names[0]], exponent=self._pack_parts(shapes[names[0]], parts, made.matrix(names[0])))
                     self.tensors.release()
         if self.head_name in entries:
             self._pack_head(entries[self.head_name].shape, made.matrix(self.head_name))
@@ -154,12 +156,9 @@ class _Loader:
             entries[name] = replace(entry, checksum=packs.checksum(self.pool, made.matrix(name)))
         return made
 
-    def _shape(self, names: tuple[str, ...]) -> Shape:
-        return shape_of([read_layer(self.tensors, name, self.schemes[name]) for name in names])
-
-    def _pack_parts(self, parts: list[Stored], memory: NDArray[np.uint8]) -> int:
+    def _pack_parts(self, shape: Shape, parts: list[Stored], memory: NDArray[np.uint8]) -> int:
         try:
-            return int(pack(self.pool, shape_of(parts), [part.part() for part in parts], memory))
+            return int(pack(self.pool, shape, [part.part() for part in parts], memory))
         except ValueError as error:
             raise QhubError(f"a layer of `{self.tensors.files.folder}` does not fit its scheme: {error}", hint="quantize the model again") from None
 
@@ -213,11 +212,14 @@ class _Loader:
         return weight + np.float32(1) if self.family.gemma else weight
 
 
-def _try_to_keep(path: Path, key: str, made: packs.Pack) -> None:
-    try:
-        packs.write_pack(path, key, made)
-    except OSError:  # a full or read-only disk: the model runs from memory, the next start packs again
-        return
+def _keep(path: Path, key: str, made: packs.Pack) -> None:
+    """Write the pack while the model already runs; on a full or read-only disk the next start packs again."""
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            packs.write_pack(path, key, made)
+
+    threading.Thread(target=write, name="qhub-native-pack").start()
 
 
 def aligned(count: int) -> NDArray[np.uint8]:
