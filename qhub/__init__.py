@@ -19,7 +19,7 @@ _HOMES = {
         "Block", "Component", "Exporter", "Group", "ModelJob", "Quantizer", "Runtime", "Session", "Statistics", "WholeModel", "WholeResult",
     ),
     "qhub.types": (
-        "Artifact", "Estimates", "Fact", "Goals", "LayerShape", "ModelProfile", "ModelSource", "QuantizedModel", "Recipe",
+        "Artifact", "Estimates", "Fact", "Goals", "LayerShape", "ModelProfile", "ModelSource", "OpenOptions", "QuantizedModel", "Recipe",
         "Route", "Scheme", "Target",
     ),
     "qhub.quantize.pack": ("pack", "unpack"),
@@ -30,6 +30,8 @@ _HOMES = {
     "qhub.quantize.linalg": ("compensate", "lower_factor", "output_loss", "product", "solve", "turned"),
     "qhub.quantize.store": ("QuantizedWeights", "folder_digest"),
     "qhub.quantize.layouts.writer": ("write_layout",),
+    "qhub.route.host": ("cpu_model", "fast_cores"),
+    "qhub.route.usercache": ("cache_path", "read_cache", "write_cache"),
     "qhub.weights": ("TensorInfo", "WeightFiles"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
     from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
     from qhub.quantize.store import QuantizedWeights, folder_digest
     from qhub.quiet import quiet_libraries
+    from qhub.route.host import cpu_model, fast_cores
+    from qhub.route.usercache import cache_path, read_cache, write_cache
     from qhub.types import (
         Artifact,
         Estimates,
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
         LayerShape,
         ModelProfile,
         ModelSource,
+        OpenOptions,
         QuantizedModel,
         Recipe,
         Route,

@@ -129,6 +129,15 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How a runtime opens an artifact: number of threads (None: what is best there), float32 where it has the choice, a forced kernel."""
+
+    threads: int | None = None
+    exact: bool = False
+    kernel: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerShape:
     """One weight of a model: `kind` is linear, expert, embedding, head, norm, conv or other; shape (N, K) for matrices."""
 

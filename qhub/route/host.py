@@ -128,7 +128,7 @@ def measure_bandwidth(seconds: float = 0.5) -> Fact:
 
     import numpy as np
 
-    threads = _threads() or 1
+    threads = fast_cores()
     parts = np.array_split(np.ones(_MEASURED_BYTES // 4, np.float32), threads)
     best, stop = float("inf"), time.perf_counter() + seconds
     with ThreadPoolExecutor(threads) as pool:
@@ -166,8 +166,9 @@ def _cores(root: Path) -> tuple[frozenset[int], frozenset[int], int | None]:
     return allowed, fast, (count if quota is None else min(count, quota)) or None
 
 
-def _threads() -> int | None:
-    return _cores(_ROOT)[2] if sys.platform == "linux" else os.cpu_count()
+def fast_cores() -> int:
+    """How many physical cores this process may use, only the fast ones where there are two kinds: as many threads are worth having."""
+    return (_cores(_ROOT)[2] if sys.platform == "linux" else os.cpu_count()) or 1
 
 
 def _may_use_tiles() -> bool:
@@ -211,7 +212,7 @@ def _cuda() -> tuple[str, ...]:
 
 
 def _key(model: str) -> str:
-    return f"{model} x{_threads()}"
+    return f"{model} x{fast_cores()}"
 
 
 def _known(model: str) -> Fact | None:

@@ -15,6 +15,7 @@
 #include "checksum.h"
 #include "decoder.h"
 #include "kernels.h"
+#include "measure.h"
 #include "sampler.h"
 
 namespace nb = nanobind;
@@ -269,6 +270,21 @@ NB_MODULE(_native, module) {
         self.plans[index] = {&kernel_named(kernel), rows, blocks};
       }, "bucket"_a, "kernel"_a, "rows"_a, "blocks"_a)
       .def("multiply", &multiply, "pool"_a, "kernel"_a, "exact"_a, "x"_a);
+
+  module.def("read_bandwidth", [](Pool& pool, size_t bytes, double seconds) {
+    require(bytes >= (size_t{1} << 20) && seconds >= 0 && seconds <= 60, "a megabyte at least, a minute at most");
+    nb::gil_scoped_release release;
+    return read_bandwidth(pool, ops(cpu()), bytes, seconds);
+  }, "pool"_a, "bytes"_a, "seconds"_a, "Bytes per second that the pool's threads read from memory.");
+  module.def("time_plan", [](const Linears& alike, Pool& pool, size_t m, const std::string& kernel, size_t rows, size_t blocks, double seconds) {
+    require(!alike.empty() && m > 0 && rows > 0 && seconds <= 60, "there is something to time");
+    for (const auto& linear : alike) require(linear->rows() == alike[0]->rows() && linear->inputs() == alike[0]->inputs(), "they have one shape");
+    const Engine with = engine(pool, kernel, false);
+    nb::gil_scoped_release release;
+    return time_plan(with, alike, m, {&kernel_named(kernel), rows, blocks}, seconds);
+  }, "linears"_a, "pool"_a, "m"_a, "kernel"_a, "rows"_a, "blocks"_a, "seconds"_a, "Median seconds of one product of m rows.");
+  module.def("bucket", &bucket, "m"_a, "Which products share a plan: the bucket of m rows.");
+  module.attr("BUCKETS") = kBuckets;
 
   nb::class_<Architecture>(module, "Architecture")
       .def(nb::init<>())

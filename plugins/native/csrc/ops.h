@@ -58,6 +58,7 @@ struct Ops {
   void (*to_float)(Float type, const void* from, size_t n, float* to);
   void (*store)(const Cache& cache, size_t position, const float* key, const float* value);
   void (*attend)(const Cache& cache, const Attention& work);
+  float (*sum)(const float* x, size_t n);  // reads as fast as it can: to measure what memory gives
 };
 
 // The best that this processor runs.

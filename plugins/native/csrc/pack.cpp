@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "half.h"
 
@@ -77,6 +78,34 @@ void interleave(const Shape& shape, const uint8_t* codes, size_t j, uint8_t* blo
     for (size_t i = 0; i < 4; ++i) block[k / 8 * kLine + 4 * j + i] = static_cast<uint8_t>(codes[k + i] | codes[k + i + 4] << 4);
 }
 
+// Four nibbles, lowest first, to four bytes.
+uint32_t spread(uint32_t nibbles) {
+  nibbles = (nibbles | nibbles << 8) & 0x00ff00ff;
+  return (nibbles | nibbles << 4) & 0x0f0f0f0f;
+}
+
+// Whether each line of the block is made of 32-bit words of the file, one a lane: four bits, no padding, all rows there.
+bool is_plain(const Shape& shape, const std::vector<Rows>& parts, size_t block) {
+  if (shape.bits != 4 || padded_inputs(shape) != shape.inputs || (block + 1) * kBlock > shape.rows) return false;
+  for (const Rows& part : parts)
+    if (part.bits != 4) return false;
+  return true;
+}
+
+void interleave_plain(const Shape& shape, const std::vector<Rows>& parts, size_t block, uint8_t* to) {
+  const uint8_t* rows[kBlock];
+  for (size_t j = 0; j < kBlock; ++j) {
+    const Source source = find(parts, block * kBlock + j);
+    rows[j] = source.part->codes + source.row * source.part->row_bytes;
+  }
+  for (size_t at = 0; at < shape.inputs / 2; at += 4, to += kLine) {
+    uint32_t words[kBlock];
+    for (size_t j = 0; j < kBlock; ++j) std::memcpy(words + j, rows[j] + at, 4);
+    for (size_t j = 0; j < kBlock; ++j) words[j] = spread(words[j] & 0xffff) | spread(words[j] >> 16) << 4;
+    std::memcpy(to, words, kLine);
+  }
+}
+
 void pack_block(const Shape& shape, const std::vector<Rows>& parts, int exponent, size_t block, uint8_t* memory) {
   const PackedBytes bytes = packed_bytes(shape);
   const size_t padded = padded_inputs(shape), count = padded / shape.group;
@@ -84,12 +113,14 @@ void pack_block(const Shape& shape, const std::vector<Rows>& parts, int exponent
   uint16_t* scale = reinterpret_cast<uint16_t*>(memory + bytes.codes) + block * count * kBlock;
   uint8_t* zero = memory + bytes.codes + bytes.scale + block * count * kBlock;
   std::vector<uint8_t> row(padded);
+  const bool plain = is_plain(shape, parts, block);
+  if (plain) interleave_plain(shape, parts, block, codes);
   for (size_t j = 0; j < kBlock; ++j) {
     const Lane lane{shape, find(parts, block * kBlock + j)};
-    if (lane.source.part) lane.codes(row.data());
     // An output beyond N has scale 0; its codes are as good as any, zero by convention.
-    else std::fill(row.begin(), row.end(), static_cast<uint8_t>(shape.symmetric ? 1 << (shape.bits - 1) : 0));
-    interleave(shape, row.data(), j, codes);
+    if (!lane.source.part) std::fill(row.begin(), row.end(), static_cast<uint8_t>(shape.symmetric ? 1 << (shape.bits - 1) : 0));
+    else if (!plain) lane.codes(row.data());
+    if (!plain) interleave(shape, row.data(), j, codes);
     for (size_t g = 0; g < count && lane.source.part; ++g) {
       scale[g * kBlock + j] = float_to_half(std::ldexp(lane.scale(g), -exponent));
       if (!shape.symmetric) zero[g * kBlock + j] = lane.zero(g);

@@ -18,6 +18,7 @@ from qhub_native import packs
 from qhub_native._native import Architecture, Decoder, Linear, Pool, Shape, pack, pack_float
 from qhub_native.families import Family, family_of
 from qhub_native.layers import Stored, packed_shape, read_layer
+from qhub_native.selector import Selector, ShapeKey, by_shape
 from qhub_native.tensors import Tensors
 
 _HEAD_GROUPS = (128, 64, 32)
@@ -30,6 +31,7 @@ class Options:
     threads: int
     kernel: str
     exact: bool = False
+    forced: bool = False  # the kernel was named: nothing else is tried
     cache: bool = True
 
 
@@ -51,7 +53,7 @@ class Loaded:
     pool: Pool
     options: Options
     packed_bytes: int
-    linears: dict[str, Linear]
+    selector: Selector
     owners: tuple[Any, ...]
 
 
@@ -101,8 +103,14 @@ class _Loader:
         linears = {name: Linear.quantized(opened.matrix(name), entry.shape, entry.exponent) for name, entry in opened.entries.items()}
         decoder = self._decoder(linears)
         total = sum(entry.shape.packed_bytes for entry in opened.entries.values())
-        return Loaded(self.family, decoder, self.pool, self.options, total, linears, (opened, self.tensors))
+        return Loaded(self.family, decoder, self.pool, self.options, total, self._selector(opened, linears), (opened, self.tensors))
 
+
+    def _selector(self, opened: packs.Pack, linears: Mapping[str, Linear]) -> Selector:
+        keys = {
+            name: ShapeKey(entry.inputs, entry.rows, entry.bits, entry.group, entry.symmetric) for name, entry in opened.entries.items()
+        }
+        return Selector(by_shape((key, linears[name]) for name, key in keys.items()), self.pool, self.options.kernel if self.options.forced else None)
 
     def _slots(self) -> list[Slot]:
         slots = []
@@ -180,7 +188,6 @@ class _Loader:
             decoder.add_layer(**stacks, norms=self._norms(block), window=self.family.windows[block], rope=self.family.ropes[block])
         embedding = self._dense(f"{self.prefix}embed_tokens")
         head = linears.get(self.head_name) or self._dense(self.head_name)
-        linears.setdefault(self.head_name, head)
         decoder.set_ends(embedding, head, self._norm(f"{self.prefix}norm"))
         return decoder
 

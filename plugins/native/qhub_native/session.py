@@ -45,12 +45,12 @@ class NativeSession:
         """ids (B, T) → next-token logits (B, T, V) float32; the B sequences go through together."""
         batch, length = ids.shape
         sequences = [self.sequence(length) for _ in range(batch)]
-        flat = self.loaded.decoder.step(sequences, [self._checked(row) for row in ids], "all")
-        return np.asarray(flat).reshape(batch, length, -1)
+        flat = self._step(sequences, [self._checked(row) for row in ids], "all")
+        return flat.reshape(batch, length, -1)
 
     def embed(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """ids (T) → hidden states after the last norm (T, H) float32."""
-        return np.asarray(self.loaded.decoder.step([self.sequence(len(ids))], [self._checked(ids)], "hidden"))
+        return self._step([self.sequence(len(ids))], [self._checked(ids)], "hidden")
 
     def sequence(self, capacity: int | None = None) -> _native.Sequence:
         """An empty conversation with room for `capacity` tokens (default: the model's context)."""
@@ -68,7 +68,7 @@ class NativeSession:
         if sequence.length + len(ids) > sequence.capacity:
             message = f"`{len(ids)}` more tokens do not fit: {sequence.length} of {sequence.capacity} are taken"
             raise QhubError(message, hint="shorten the prompt, or begin anew (`/reset` in a chat)")
-        return np.asarray(self.loaded.decoder.step([sequence], [self._checked(ids)], "last"))[0]
+        return self._step([sequence], [self._checked(ids)], "last")[0]
 
     def generate(
         self, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, sampling: Sampling | None = None
@@ -92,6 +92,13 @@ class NativeSession:
                 if sequence.length == sequence.capacity:
                     return
                 logits = self.feed(sequence, [token])
+
+    def _step(self, sequences: list[_native.Sequence], ids: list[NDArray[np.int32]], wanted: str) -> NDArray[np.float32]:
+        if not self.loaded.options.exact:
+            rows = sum(map(len, ids))  # the head sees only the last of each sequence
+            for count in (rows, len(ids) if wanted == "last" else rows):
+                self.loaded.selector.prepare(_native.bucket(count))
+        return np.asarray(self.loaded.decoder.step(sequences, ids, wanted))
 
     def _checked(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
         tokens = np.asarray(ids)

@@ -22,7 +22,7 @@ bool runs(const Cpu& cpu) { return cpu.neon; }
 }  // namespace
 
 extern const Ops ops_neon;
-const Ops ops_neon{"neon", runs, rms_norm, gate, add, rotate, dense, to_float, store, attend};
+const Ops ops_neon{"neon", runs, rms_norm, gate, add, rotate, dense, to_float, store, attend, sum};
 
 }  // namespace qhub
 

@@ -24,6 +24,6 @@ bool runs(const Cpu&) { return true; }
 }  // namespace
 
 extern const Ops ops_scalar;
-const Ops ops_scalar{"scalar", runs, rms_norm, gate, add, rotate, dense, to_float, store, attend};
+const Ops ops_scalar{"scalar", runs, rms_norm, gate, add, rotate, dense, to_float, store, attend, sum};
 
 }  // namespace qhub

@@ -25,7 +25,7 @@ bool runs(const Cpu& cpu) { return cpu.avx2; }
 }  // namespace
 
 extern const Ops ops_avx2;
-const Ops ops_avx2{"avx2", runs, rms_norm, gate, add, rotate, dense, to_float, store, attend};
+const Ops ops_avx2{"avx2", runs, rms_norm, gate, add, rotate, dense, to_float, store, attend, sum};
 
 }  // namespace qhub
 

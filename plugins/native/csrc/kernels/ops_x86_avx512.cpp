@@ -25,7 +25,7 @@ bool runs(const Cpu& cpu) { return cpu.avx512_vnni; }
 }  // namespace
 
 extern const Ops ops_avx512;
-const Ops ops_avx512{"avx512", runs, rms_norm, gate, add, rotate, dense, to_float, store, attend};
+const Ops ops_avx512{"avx512", runs, rms_norm, gate, add, rotate, dense, to_float, store, attend, sum};
 
 }  // namespace qhub
 

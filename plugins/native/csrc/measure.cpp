@@ -1,0 +1,48 @@
+#include "measure.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "memory.h"
+
+namespace qhub {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+}  // namespace
+
+double read_bandwidth(Pool& pool, const Ops& ops, size_t bytes, double seconds) {
+  const Memory memory(bytes);
+  std::fill_n(memory.as<float>(), bytes / sizeof(float), 1.0f);
+  constexpr size_t kPiece = size_t{1} << 20;
+  double best = 0;
+  std::vector<float> sums(bytes / kPiece);  // kept, so that nothing is left out
+  for (const auto start = Clock::now(); since(start) < seconds;) {
+    const auto begin = Clock::now();
+    pool.run(bytes / kPiece, [&](size_t piece, int) { sums[piece] = ops.sum(memory.as<float>() + piece * kPiece / sizeof(float), kPiece / sizeof(float)); });
+    best = std::max(best, static_cast<double>(bytes) / since(begin));
+  }
+  return best;
+}
+
+double time_plan(const Engine& engine, const std::vector<std::shared_ptr<Linear>>& alike, size_t m, const Plan& plan, double seconds) {
+  std::vector<float> x(m * alike.front()->inputs()), y(m * alike.front()->rows());
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 97) - 48.0f;
+  Scratch scratch;
+  std::vector<double> times;
+  const auto start = Clock::now();
+  for (size_t i = 0; times.size() < 3 || since(start) < seconds; ++i) {
+    Linear linear = *alike[i % alike.size()];
+    std::fill(std::begin(linear.plans), std::end(linear.plans), plan);
+    const auto begin = Clock::now();
+    linear.multiply(engine, scratch, x.data(), m, y.data(), linear.rows());
+    if (i) times.push_back(since(begin));  // the first one finds its scratch
+  }
+  std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2), times.end());
+  return times[times.size() / 2];
+}
+
+}  // namespace qhub

@@ -1,0 +1,126 @@
+"""The kernel selector: which kernel and which tiles are fastest for a shape on this machine, found by measuring, and remembered.
+
+For every distinct shape of a model and every bucket of rows the candidates are timed for some milliseconds, with the matrices of
+all layers in turn so that they come from memory as they do in use. The winners are kept in the user's cache by CPU model,
+version of this plugin and number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from qhub import cpu_model, read_cache, write_cache
+from qhub_native._native import BUCKETS, Linear, Pool, kernel_names, time_plan
+
+CACHE = "native-kernels.json"
+#: A number of rows that stands for each bucket: 1, 2 … 8, 9 … 64, more.
+ROWS = (1, 4, 32, 256)
+_SECONDS = (0.004, 0.004, 0.01, 0.03)
+#: (rows, blocks) of tiles; 0 blocks: an eighth of a thread's share.
+_TILES = (
+    ((1, 0), (1, 4), (1, 16), (1, 64)),
+    ((8, 0), (8, 4), (8, 16)),
+    ((64, 0), (64, 4), (32, 16)),
+    ((96, 0), (48, 16), (192, 4), (192, 16)),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan of one shape and bucket, and what it took when it was measured."""
+
+    kernel: str
+    rows: int
+    blocks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ShapeKey:
+    """Products that are alike: inputs K, outputs N, and how the weights are stored."""
+
+    inputs: int
+    outputs: int
+    bits: int
+    group: int
+    symmetric: bool
+
+    def __str__(self) -> str:
+        return f"{self.inputs}x{self.outputs}-w{self.bits}-g{self.group}-{'sym' if self.symmetric else 'asym'}"
+
+
+class Selector:
+    """Plans for the matrices of one model. `linears` are its packed ones by shape."""
+
+    def __init__(self, linears: Mapping[ShapeKey, list[Linear]], pool: Pool, kernel: str | None) -> None:
+        self.linears, self.pool = linears, pool
+        self.kernels = [kernel] if kernel else [name for name in kernel_names() if name != "scalar"] or ["scalar"]
+        self._ready: set[int] = set()
+        self._place = f"{cpu_model()}; {metadata.version('qhub-native')}; {pool.threads} threads"
+        self._forced = kernel is not None
+
+    def prepare(self, bucket: int) -> None:
+        """See to it that products of this bucket have their plans: remembered ones, or measured now."""
+        if bucket in self._ready:
+            return
+        known = {} if self._forced else self._remembered()
+        fresh = {}
+        for key, alike in self.linears.items():
+            name = f"{key} m{ROWS[bucket]}"
+            choice = known.get(name)
+            if choice is None or choice.kernel not in self.kernels:
+                choice = fresh[name] = self.measure(alike, bucket)
+            for linear in alike:
+                linear.set_plan(bucket, choice.kernel, choice.rows, choice.blocks)
+        if fresh and not self._forced:
+            self._remember(fresh)
+        self._ready.add(bucket)
+
+    def measure(self, alike: list[Linear], bucket: int) -> Choice:
+        """The fastest of the candidates."""
+        return min(self.candidates(alike, bucket), key=lambda choice: choice.seconds)
+
+    def candidates(self, alike: list[Linear], bucket: int) -> Iterator[Choice]:
+        """Every kernel with the first tiling, the fastest of them with the others."""
+        first = [self._timed(alike, bucket, kernel, *_TILES[bucket][0]) for kernel in self.kernels]
+        yield from first
+        best = min(first, key=lambda choice: choice.seconds).kernel
+        for rows, blocks in _TILES[bucket][1:]:
+            yield self._timed(alike, bucket, best, rows, blocks)
+
+    def _timed(self, alike: list[Linear], bucket: int, kernel: str, rows: int, blocks: int) -> Choice:
+        seconds = time_plan(alike, self.pool, ROWS[bucket], kernel, rows, blocks, _SECONDS[bucket])
+        return Choice(kernel, rows, blocks, seconds)
+
+    def _remembered(self) -> dict[str, Choice]:
+        entries = read_cache(CACHE).get(self._place)
+        if not isinstance(entries, Mapping):
+            return {}
+        return {name: Choice(**entry) for name, entry in entries.items() if _is_choice(entry)}
+
+    def _remember(self, fresh: Mapping[str, Choice]) -> None:
+        everything = read_cache(CACHE)
+        entries = everything.get(self._place)
+        kept = entries if isinstance(entries, Mapping) else {}
+        everything[self._place] = {**kept, **{name: asdict(choice) for name, choice in fresh.items()}}
+        write_cache(CACHE, everything)
+
+
+def _is_choice(entry: object) -> bool:
+    expected = {"kernel": str, "rows": int, "blocks": int, "seconds": float}
+    if not isinstance(entry, Mapping) or set(entry) != set(expected):
+        return False
+    return all(isinstance(entry[name], kind) for name, kind in expected.items()) and entry["rows"] > 0 and entry["blocks"] >= 0
+
+
+def by_shape(entries: Iterable[tuple[ShapeKey, Linear]]) -> dict[ShapeKey, list[Linear]]:
+    """The matrices by what they have in common."""
+    found: dict[ShapeKey, list[Linear]] = {}
+    for key, linear in entries:
+        found.setdefault(key, []).append(linear)
+    return found
+
+
+ALL_BUCKETS = range(BUCKETS)
