@@ -7,7 +7,7 @@
 namespace qhub {
 namespace {
 
-constexpr size_t kChunkTokens = 512;  // activations of so many tokens are in memory at a time
+constexpr size_t kActivationBytes = size_t{16} << 20;  // of the tokens that go through together
 constexpr size_t kRowsAtOnce = 8;     // rows of a chunk of element-wise work
 constexpr size_t kQueryRows = 32;     // rows of queries that walk over the keys together
 
@@ -45,22 +45,29 @@ void Decoder::for_rows(size_t rows, const Row& row) {
   });
 }
 
+size_t Decoder::chunk_tokens() const {
+  const size_t attention = (architecture.heads + 2 * architecture.kv_heads) * architecture.dim;
+  const size_t numbers = 4 * architecture.hidden + std::max(attention, 2 * architecture.ffn) + architecture.ffn;
+  return std::clamp<size_t>(kActivationBytes / (numbers * sizeof(float)), 64, 512);
+}
+
 void Decoder::step(std::span<const Piece> pieces, Wanted wanted, float* out) {
   const size_t width = wanted == Wanted::hidden ? architecture.hidden : architecture.vocabulary, hidden = architecture.hidden;
+  const size_t most = chunk_tokens();
   size_t written = 0;
   last_.clear();
   std::vector<size_t> done(pieces.size(), 0);
   for (size_t first = 0; first < pieces.size();) {
     std::vector<Piece> now;  // as many tokens as a chunk takes, from as many pieces as that needs
     std::vector<size_t> ends;
-    size_t room = kChunkTokens;
+    size_t room = most;
     while (first < pieces.size() && room) {
       const size_t count = std::min(room, pieces[first].tokens.size() - done[first]);
       now.push_back({pieces[first].sequence, pieces[first].tokens.subspan(done[first], count)});
       done[first] += count;
       room -= count;
       const bool complete = done[first] == pieces[first].tokens.size();
-      if (complete) ends.push_back(kChunkTokens - room - 1), ++first;
+      if (complete) ends.push_back(most - room - 1), ++first;
     }
     chunk(now);
     const size_t rows = tokens_.size();
@@ -86,7 +93,7 @@ void Decoder::chunk(std::span<const Piece> pieces) {
   }
   const size_t rows = tokens_.size(), hidden = architecture.hidden;
   float* x = grown(x_, rows * hidden);
-  for (size_t row = 0; row < rows; ++row) embedding_rows->copy_row(*engine.ops, static_cast<size_t>(ids[row]), architecture.embedding_scale, x + row * hidden);
+  for (size_t row = 0; row < rows; ++row) embedding->copy_row(*engine.ops, static_cast<size_t>(ids[row]), architecture.embedding_scale, x + row * hidden);
   set_angles();
   for (size_t index = 0; index < layers.size(); ++index) {
     attention(layers[index], index);

@@ -1,11 +1,11 @@
 // A decoder-only language model: float32 between the layers, quantized or float weights in them.
 #pragma once
 
-#include <array>
 #include <memory>
 #include <span>
 #include <vector>
 
+#include "embedding.h"
 #include "linear.h"
 #include "memory.h"
 
@@ -71,7 +71,7 @@ class Decoder {
   Architecture architecture;
   std::vector<Layer> layers;
   std::vector<Rope> ropes;
-  std::shared_ptr<Linear> embedding_rows;  // (V, H) float, as the file has it
+  std::shared_ptr<Embedding> embedding;  // (V, H)
   std::shared_ptr<Linear> head;            // (V, H)
   Norm norm;
   Engine engine;
@@ -99,6 +99,7 @@ class Decoder {
   void finish(float* rows, size_t count, Wanted wanted, float* out);
   std::vector<Span> spans(size_t longest) const;
   float* grown(std::vector<float>& memory, size_t count);
+  size_t chunk_tokens() const;
   template <class Row>
   void for_rows(size_t rows, const Row& row);
 

@@ -50,9 +50,6 @@ class Linear {
   bool is_packed() const { return packed_; }
   const Weights& weights() const { return weights_; }
 
-  // Row n of a float layer times `factor`: an embedding.
-  void copy_row(const Ops& ops, size_t n, float factor, float* to) const;
-
   // y[m, n] = Σ x[m, k] W[n, k] + bias[n]; x (M, inputs), y (M, stride), rows n < rows().
   void multiply(const Engine& engine, Scratch& scratch, const float* x, size_t m, float* y, size_t stride) const;
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qhub import QhubError, Scheme, Unsupported
 from qhub_native import packs
-from qhub_native._native import Architecture, Decoder, Linear, Pool, Shape, pack, pack_float
+from qhub_native._native import Architecture, Decoder, Embedding, Linear, Pool, Shape, pack, pack_float
 from qhub_native.families import Family, family_of
 from qhub_native.layers import Stored, packed_shape, read_layer
 from qhub_native.selector import Selector, ShapeKey, by_shape
@@ -186,7 +186,8 @@ class _Loader:
         for block in range(self.family.layers):
             stacks = {stack: self._stack(linears, self.groups[block, stack]) for stack in ("qkv", "out", "gate_up", "down")}
             decoder.add_layer(**stacks, norms=self._norms(block), window=self.family.windows[block], rope=self.family.ropes[block])
-        embedding = self._dense(f"{self.prefix}embed_tokens")
+        rows = self.tensors.info(f"{self.prefix}embed_tokens.weight")
+        embedding = Embedding(str(rows.file), rows.offset, rows.dtype, *rows.shape)
         head = linears.get(self.head_name) or self._dense(self.head_name)
         decoder.set_ends(embedding, head, self._norm(f"{self.prefix}norm"))
         return decoder
