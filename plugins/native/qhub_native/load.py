@@ -65,7 +65,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise QhubError(f"`{path.parent}` is not a model that qhub quantized: it has no {path.name}", hint="`qhub run MODEL` makes one") from None
+        raise QhubError(
+            f"`{path.parent}` is not a model that qhub quantized: it has no {path.name}", hint="`qhub run MODEL` makes one"
+        ) from None
     except (ValueError, OSError) as error:
         raise QhubError(f"`{path}` cannot be read: {error}", hint="quantize the model again") from None
     if not isinstance(value, dict):
@@ -84,7 +86,9 @@ def load(folder: Path, options: Options) -> Loaded:
         family = family_of(read_json(folder / "config.json"))
         schemes = {str(name): Scheme.parse(text) for name, text in metadata["layers"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise QhubError(f"`{folder}` is damaged: its config.json or qhub.json lacks or garbles {error}", hint="quantize the model again") from None
+        raise QhubError(
+            f"`{folder}` is damaged: its config.json or qhub.json lacks or garbles {error}", hint="quantize the model again"
+        ) from None
     if metadata.get("transposed"):
         raise Unsupported("`native` does not run layers that are stored transposed", hint="qhub eval DIR --runtime hf")
     return _Loader(Tensors(folder), family, schemes, options).load()
@@ -105,12 +109,13 @@ class _Loader:
         total = sum(entry.shape.packed_bytes for entry in opened.entries.values())
         return Loaded(self.family, decoder, self.pool, self.options, total, self._selector(opened, linears), (opened, self.tensors))
 
-
     def _selector(self, opened: packs.Pack, linears: Mapping[str, Linear]) -> Selector:
         keys = {
             name: ShapeKey(entry.inputs, entry.rows, entry.bits, entry.group, entry.symmetric) for name, entry in opened.entries.items()
         }
-        return Selector(by_shape((key, linears[name]) for name, key in keys.items()), self.pool, self.options.kernel if self.options.forced else None)
+        return Selector(
+            by_shape((key, linears[name]) for name, key in keys.items()), self.pool, self.options.kernel if self.options.forced else None
+        )
 
     def _slots(self) -> list[Slot]:
         slots = []
@@ -134,7 +139,6 @@ class _Loader:
             found[slot.block, slot.stack] = runs
         return found
 
-
     def _open_pack(self) -> packs.Pack:
         key = packs.key_of(self.tensors.files.files(), {"exact": self.options.exact, "head": self.head_name})
         path = packs.cache_folder() / f"{key[:32]}.pack"
@@ -146,7 +150,12 @@ class _Loader:
         return opened
 
     def _pack(self) -> packs.Pack:
-        shapes = {names[0]: packed_shape(self.tensors, names, self.schemes[names[0]]) for runs in self.groups.values() for names in runs if names[0] in self.schemes}
+        shapes = {
+            names[0]: packed_shape(self.tensors, names, self.schemes[names[0]])
+            for runs in self.groups.values()
+            for names in runs
+            if names[0] in self.schemes
+        }
         if not self.options.exact:
             shapes[self.head_name] = self._head_shape()
         entries = packs.plan(shapes)
@@ -156,7 +165,9 @@ class _Loader:
             for names in runs:
                 if names[0] in self.schemes:
                     parts = [read_layer(self.tensors, name, self.schemes[name]) for name in names]
-                    entries[names[0]] = replace(entries[names[0]], exponent=self._pack_parts(shapes[names[0]], parts, made.matrix(names[0])))
+                    entries[names[0]] = replace(
+                        entries[names[0]], exponent=self._pack_parts(shapes[names[0]], parts, made.matrix(names[0]))
+                    )
                     self.tensors.release()
         if self.head_name in entries:
             self._pack_head(entries[self.head_name].shape, made.matrix(self.head_name))
@@ -168,7 +179,9 @@ class _Loader:
         try:
             return int(pack(self.pool, shape, [part.part() for part in parts], memory))
         except ValueError as error:
-            raise QhubError(f"a layer of `{self.tensors.files.folder}` does not fit its scheme: {error}", hint="quantize the model again") from None
+            raise QhubError(
+                f"a layer of `{self.tensors.files.folder}` does not fit its scheme: {error}", hint="quantize the model again"
+            ) from None
 
     def _head_shape(self) -> Shape:
         rows, inputs = self.tensors.info(f"{self.head_name}.weight").shape
@@ -179,7 +192,6 @@ class _Loader:
         name = f"{self.head_name}.weight"
         pack_float(self.pool, shape, self.tensors.raw(name), self.tensors.info(name).dtype, memory)
         self.tensors.release()
-
 
     def _decoder(self, linears: dict[str, Linear]) -> Decoder:
         decoder = Decoder(_architecture(self.family), list(self.family.tables), self.pool, self.options.kernel, self.options.exact)
@@ -210,7 +222,11 @@ class _Loader:
         at = f"{self.prefix}layers.{block}"
         names = {"attention": f"{at}.input_layernorm", "mlp": f"{at}.post_attention_layernorm"}
         if self.family.gemma:
-            names |= {"attention_out": names["mlp"], "mlp": f"{at}.pre_feedforward_layernorm", "mlp_out": f"{at}.post_feedforward_layernorm"}
+            names |= {
+                "attention_out": names["mlp"],
+                "mlp": f"{at}.pre_feedforward_layernorm",
+                "mlp_out": f"{at}.post_feedforward_layernorm",
+            }
         if self.family.head_norms:
             names |= {"query": f"{at}.self_attn.q_norm", "key": f"{at}.self_attn.k_norm"}
         return {place: self._norm(name) for place, name in names.items()}
@@ -241,5 +257,9 @@ def _architecture(family: Family) -> Architecture:
     made = Architecture()
     for name in ("hidden", "heads", "kv_heads", "dim", "ffn", "vocabulary", "context", "eps", "gate", "embedding_scale"):
         setattr(made, name, getattr(family, name))
-    made.attention_scale, made.attention_softcap, made.logit_softcap = family.attention_scale, family.attention_softcap, family.logit_softcap
+    made.attention_scale, made.attention_softcap, made.logit_softcap = (
+        family.attention_scale,
+        family.attention_softcap,
+        family.logit_softcap,
+    )
     return made

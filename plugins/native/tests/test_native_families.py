@@ -86,7 +86,10 @@ def test_every_kernel_gives_the_exact_logits(kernel, made):
     assert off(session(made("llama"), kernel).logits(ids.numpy()), reference(made("llama"), ids)) < 1e-4
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g64-sym", "w3a16-g32-asym", "w3a16-g64-sym", "w2a16-g32-asym", "w8a16-g64-sym", "w8a16-gchannel-asym", "w5a16-g32-sym"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4a16-g64-sym", "w3a16-g32-asym", "w3a16-g64-sym", "w2a16-g32-asym", "w8a16-g64-sym", "w8a16-gchannel-asym", "w5a16-g32-sym"],
+)
 def test_schemes_of_other_bits_and_groups_are_exact_too(scheme, made):
     folder, ids = made("llama", scheme.replace("gchannel", "channel")), random_ids(2, 40)
     assert off(session(folder).logits(ids.numpy()), reference(folder, ids)) < 1e-4
@@ -100,7 +103,13 @@ def test_layers_of_different_schemes_and_float_layers_run_beside_each_other(made
 
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     "part of a head": {"rope_type": "default", "partial_rotary_factor": 0.5},
 }
