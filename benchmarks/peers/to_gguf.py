@@ -2,7 +2,7 @@
 
     python to_gguf.py HF_FOLDER OUT.gguf
 
-For the folders of `make_llama.py`: one or more safetensors files, a tokenizer of as `make_llama.py` writes it.
+For the folders of `make_llama.py`: one or more safetensors files, a BPE tokenizer.
 """
 
 from __future__ import annotations
