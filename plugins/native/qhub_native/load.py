@@ -91,7 +91,11 @@ def load(folder: Path, options: Options) -> Loaded:
         ) from None
     if metadata.get("transposed"):
         raise Unsupported("`native` does not run layers that are stored transposed", hint="qhub eval DIR --runtime hf")
-    return _Loader(Tensors(folder), family, schemes, options).load()
+    try:
+        return _Loader(Tensors(folder), family, schemes, options).load()
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:  # what the binding and numpy say of shapes that do not fit
+        first = str(error).strip().partition("\n")[0]
+        raise QhubError(f"`{folder}` does not fit its config.json: {first}", hint="quantize the model again") from None
 
 
 class _Loader:
@@ -208,11 +212,15 @@ class _Loader:
         stack = []
         for names in runs:
             linear = linears.get(names[0]) or linears.setdefault(names[0], self._dense(names[0]))
-            biases = [f"{name}.bias" for name in names if f"{name}.bias" in self.tensors]
-            if biases:
-                linear.set_bias(np.concatenate([self.tensors.floats(name) for name in biases]))
+            if any(f"{name}.bias" in self.tensors for name in names):
+                linear.set_bias(np.concatenate([self._bias(name) for name in names]))
             stack.append(linear)
         return stack
+
+    def _bias(self, name: str) -> NDArray[np.float32]:
+        if f"{name}.bias" in self.tensors:
+            return self.tensors.floats(f"{name}.bias")
+        return np.zeros(int(self.tensors.array(f"{name}.weight_shape")[0]), dtype=np.float32)
 
     def _dense(self, name: str) -> Linear:
         info = self.tensors.info(f"{name}.weight")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import metadata
 
 from qhub import cpu_model, read_cache, write_cache
@@ -58,8 +59,11 @@ class Selector:
         self.linears, self.pool = linears, pool
         self.kernels = [kernel] if kernel else [name for name in kernel_names() if name != "scalar"] or ["scalar"]
         self._ready: set[int] = set()
-        self._place = f"{cpu_model()}; {metadata.version('qhub-native')}; {pool.threads} threads"
         self._forced = kernel is not None
+
+    @cached_property
+    def _place(self) -> str:
+        return f"{cpu_model()}; {metadata.version('qhub-native')}; {self.pool.threads} threads"
 
     def prepare(self, bucket: int) -> None:
         """See to it that products of this bucket have their plans: remembered ones, or measured now."""
