@@ -17,18 +17,20 @@ size_t rounded(size_t capacity) { return tiles(capacity, kScoreBlock) * kScoreBl
 
 }  // namespace
 
-Sequence::Sequence(size_t layers, const Architecture& shape, size_t capacity, bool wide)
-    : layers_(layers), kv_heads_(shape.kv_heads), size_(shape.dim), capacity_(capacity), wide_(wide),
-      keys_(bytes_for(rounded(capacity)), Pages::small), values_(bytes_for(rounded(capacity)), Pages::small) {}
+Sequence::Sequence(size_t layers, const Architecture& shape, size_t capacity, Kept kept)
+    : layers_(layers), kv_heads_(shape.kv_heads), size_(shape.dim), capacity_(capacity), kept_(kept),
+      keys_(bytes_for(rounded(capacity)), Pages::small), values_(bytes_for(rounded(capacity)), Pages::small),
+      scales_(kept == Kept::i8 ? 2 * layers * shape.kv_heads * rounded(capacity) * sizeof(float) : 0, Pages::small) {}
 
-size_t Sequence::bytes_for(size_t positions) const { return layers_ * kv_heads_ * positions * cache_dim(size_) * (wide_ ? 4 : 2); }
+size_t Sequence::bytes_for(size_t positions) const { return layers_ * kv_heads_ * positions * cache_dim(size_) * kept_bytes(kept_); }
 
 Cache Sequence::cache(size_t layer, size_t head) const {
-  const size_t dim = cache_dim(size_), offset = (layer * kv_heads_ + head) * rounded(capacity_) * dim * (wide_ ? 4 : 2);
-  return {keys_.data() + offset, values_.data() + offset, wide_, size_, dim};
+  const size_t dim = cache_dim(size_), first = (layer * kv_heads_ + head) * rounded(capacity_), offset = first * dim * kept_bytes(kept_);
+  float* scale = kept_ == Kept::i8 ? scales_.as<float>() + 2 * first : nullptr;
+  return {keys_.data() + offset, values_.data() + offset, scale, scale ? scale + rounded(capacity_) : nullptr, kept_, size_, dim};
 }
 
-size_t Sequence::bytes_used() const { return 2 * bytes_for(tiles(length_, kKeyBlock) * kKeyBlock); }
+size_t Sequence::bytes_used() const { return 2 * bytes_for(tiles(length_, kKeyBlock) * kKeyBlock) + (kept_ == Kept::i8 ? 2 * layers_ * kv_heads_ * length_ * sizeof(float) : 0); }
 
 Decoder::Decoder(Architecture shape, std::vector<Rope> tables, Engine with) : architecture(shape), ropes(std::move(tables)), engine(with) {}
 

@@ -38,7 +38,7 @@ struct Rope {
 // Keys and values of one conversation. Memory is touched as it grows.
 class Sequence {
  public:
-  Sequence(size_t layers, const Architecture& shape, size_t capacity, bool wide);
+  Sequence(size_t layers, const Architecture& shape, size_t capacity, Kept kept);
 
   Cache cache(size_t layer, size_t head) const;
   size_t length() const { return length_; }
@@ -52,8 +52,8 @@ class Sequence {
   size_t bytes_for(size_t positions) const;
 
   size_t layers_, kv_heads_, size_, capacity_, length_ = 0;
-  bool wide_;  // float32 instead of float16
-  Memory keys_, values_;
+  Kept kept_;
+  Memory keys_, values_, scales_;
 };
 
 // Tokens that one sequence gets in one step.

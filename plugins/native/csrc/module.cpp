@@ -331,10 +331,11 @@ NB_MODULE(_native, module) {
         check_layer(a, layer, self.ropes.size());
         self.layers.push_back(std::move(layer));
       }, "qkv"_a, "out"_a, "gate_up"_a, "down"_a, "norms"_a, "window"_a, "rope"_a)
-      .def("sequence", [](const Decoder& self, size_t capacity) {
+      .def("sequence", [](const Decoder& self, size_t capacity, int bits) {
+        require(bits == 8 || bits == 16 || bits == 32, "keys and values have 8, 16 or 32 bits");
         require(capacity > 0 && capacity <= self.architecture.context, "a sequence is no longer than the model's context");
-        return std::make_shared<Sequence>(self.layers.size(), self.architecture, capacity, self.engine.exact);
-      }, "capacity"_a)
+        return std::make_shared<Sequence>(self.layers.size(), self.architecture, capacity, bits == 32 ? Kept::f32 : bits == 16 ? Kept::f16 : Kept::i8);
+      }, "capacity"_a, "bits"_a)
       .def("step", &step, "sequences"_a, "ids"_a, "wanted"_a);
 
   nb::class_<Sampling>(module, "Sampling").def(nb::init<>())

@@ -33,6 +33,7 @@ class Options:
     exact: bool = False
     forced: bool = False  # the kernel was named: nothing else is tried
     cache: bool = True
+    cache_bits: int = 16  # of keys and values on the fast path: 16 or 8
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,20 @@ def test_sequences_of_different_lengths_run_in_one_step(made):
     assert off(together, alone) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_keys_and_values_of_8_bits_take_half_the_room_and_change_little(family, made):
+    ids = random_ids(1, 90).numpy()[0]
+    halves, bytes_ = NativeSession(made(family), Options(1, KERNELS[0], cache_bits=8)), []
+    whole = NativeSession(made(family), Options(1, KERNELS[0]))
+    rows = []
+    for model in (whole, halves):
+        sequence = model.sequence()
+        rows.append(np.stack([model.feed(sequence, ids[:40]), *(model.feed(sequence, [token]) for token in ids[40:])]))
+        bytes_.append(sequence.bytes_used)
+    assert off(rows[1], rows[0]) < 0.05
+    assert 0.5 <= bytes_[1] / bytes_[0] < 0.8  # heads of 16 numbers: a scale of four bytes is a quarter more
+
+
 def test_the_number_of_threads_changes_no_bit(made):
     ids = random_ids(2, 64).numpy()
     one, three = (session(made("llama"), exact=False, threads=threads).logits(ids) for threads in (1, 3))
