@@ -29,7 +29,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Speed:
-    """What it did. `prompt` is tokens/s by length; `weight_bytes` is what one generated token reads, None where unknown.
+    """What it did. `prompt` is tokens/s by length; `bandwidth_share` is how much of what memory gives the weights take while it
+    generates, None where the engine does not tell.
 
     `others` is what else ran meanwhile: processor time of other processes (and what the hypervisor took) per second.
     """
@@ -38,7 +39,7 @@ class Speed:
     generate: float
     peak_rss_bytes: int
     load_s: float | None = None
-    weight_bytes: int | None = None
+    bandwidth_share: float | None = None
     others: float = 0.0
 
 
@@ -87,14 +88,14 @@ def run(command: list[str]) -> Ended:
 
 
 def qhub(folder: Path, *options: str) -> Engine:
-    """This project's runtime on a QuantizedModel folder."""
+    """This project's native runtime on a QuantizedModel folder; `options` are more of `qhub bench`'s."""
 
     def command(load: Load) -> list[str]:
-        lengths = ["--prompt", *map(str, load.prompts)] if load.prompts else []
-        words = [sys.executable, "-m", "qhub", "bench", str(folder), "--json", "--threads", str(load.threads)]
-        return [*words, *lengths, "--generate", str(load.generate), "--repeat", "1", *options]
+        lengths = [word for length in load.prompts for word in ("--prompt", str(length))]
+        words = [sys.executable, "-m", "qhub", "bench", str(folder), "--json", "--runtime", "native", "--rounds", "1"]
+        return [*words, "--threads", str(load.threads), *lengths, "--generate", str(load.generate), *options]
 
-    return Engine(" ".join(("qhub", folder.parent.name, *options)), command, _read_figures)
+    return Engine(" ".join(("qhub", folder.parent.name, *options)), command, _read_qhub)
 
 
 def llama_bench(executable: Path, model: Path) -> Engine:
@@ -139,11 +140,18 @@ def _busy_seconds() -> float:
     return sum(map(int, (user, nice, system, *interrupts_and_steal))) / os.sysconf("SC_CLK_TCK")
 
 
+def _read_qhub(ended: Ended) -> Speed:
+    figures = json.loads(ended.stdout)["runs"][0]
+    prompt = {row["tokens"]: row["tokens_per_s"] for row in figures["prompt"]}
+    share = figures["bandwidth_share"]
+    return Speed(prompt, figures["generate_tokens_per_s"], figures["peak_rss_bytes"], figures["load_s"], share)
+
+
 def _read_figures(ended: Ended) -> Speed:
     figures = json.loads(ended.stdout.strip().splitlines()[-1])
     prompt = {int(length): float(speeds[0]) for length, speeds in figures["prompt_tokens_per_s"].items()}
     generate = figures["generate_tokens_per_s"][0]
-    return Speed(prompt, generate, figures.get("peak_rss_bytes", ended.peak_rss_bytes), figures.get("load_s"), figures.get("weight_bytes"))
+    return Speed(prompt, generate, figures["peak_rss_bytes"], figures["load_s"])
 
 
 def _read_llama_bench(ended: Ended) -> Speed:

@@ -24,7 +24,7 @@ from pathlib import Path
 PEERS = Path(__file__).parent / "peers"
 SHAPES = ("2048x2048", "2048x5632", "5632x2048", "2048x32000", "4096x4096", "4096x11008")
 CACHED_ROWS = 32  # from here on the weights may stay in cache: they are used often enough
-UNCACHED_BYTES = 400_000_000
+UNCACHED_BYTES = 160_000_000
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def figures(speed: Speed, load: Load) -> dict[str, float]:
     found |= {"generation": speed.generate, "peak MiB": speed.peak_rss_bytes / 2**20, "others": speed.others}
     if speed.load_s is not None:
         found["load s"] = speed.load_s
-    if speed.weight_bytes:
-        found["GB/s"] = speed.generate * speed.weight_bytes / 1e9
+    if speed.bandwidth_share is not None:
+        found["of memory"] = speed.bandwidth_share
     return found
 
 
@@ -94,7 +94,7 @@ def one_round(found: list[Engine], load: Load, tolerated: float) -> Iterator[tup
 
 def table(series: Series, load: Load, ours: str | None) -> Iterator[str]:
     """Markdown lines: one row per engine, medians with extremes, and how ours compares."""
-    columns = [*(f"prompt {length}" for length in load.prompts), "generation", "GB/s", "peak MiB", "load s", "others"]
+    columns = [*(f"prompt {length}" for length in load.prompts), "generation", "of memory", "GB/s", "peak MiB", "load s", "others"]
     yield f"| {load.threads} thread{'s' * (load.threads > 1)} | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     for name, row in series.items():
