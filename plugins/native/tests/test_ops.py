@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
 
 import pytest
 
-NAMES = ("avx512", "avx2", "neon", "scalar")
+NAMES = ("avx512", "avx2", "scalar") if platform.machine() == "x86_64" else ("neon", "scalar")
 ABSENT = [program for program in ("c++", "cmake") if shutil.which(program) is None]
 
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"not on this machine: {', '.join(ABSENT)}")
