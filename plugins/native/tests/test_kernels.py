@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-NAMES = ("amx_int8", "amx_int8_emulated", "avx512_vnni", "avx_vnni", "avx2", "scalar")
+KERNELS = {
+    "x86_64": ("amx_int8", "amx_int8_emulated", "avx512_vnni", "avx_vnni", "avx2", "scalar"),
+    "aarch64": ("neon_i8mm", "neon_dotprod", "neon", "scalar"),
+}
+NAMES = KERNELS.get(platform.machine(), ("scalar",))
 ABSENT = [program for program in ("c++", "cmake") if shutil.which(program) is None]
 
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"not on this machine: {', '.join(ABSENT)}")

@@ -6,6 +6,8 @@
 // so that the tiles multiply one while the vector units scale the other.
 //
 // With QHUB_EMULATE_TILES this file is a kernel of the tests, for processors without tiles.
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 
 #include "../isa.h"
@@ -257,3 +259,5 @@ const Kernel QHUB_AMX_KERNEL{QHUB_AMX_NAME, runs, quantize, multiply, multiply_e
 }  // namespace qhub
 
 QHUB_ISA_END
+
+#endif

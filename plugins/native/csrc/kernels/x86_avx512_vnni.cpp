@@ -1,4 +1,6 @@
 // AVX512-VNNI: 64 products per instruction, int32 sums per group of inputs.
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 
 #include "../half.h"
@@ -68,58 +70,54 @@ void multiply_row(const Weights& w, const Quantized& x, size_t m, size_t block, 
   _mm512_mask_storeu_ps(y + block * kBlock, valid(w, block), total);
 }
 
-// M rows times two blocks (the second may be the first again, at the right edge).
+// The sums of one group, scaled, are added to total (16 floats).
+inline void add_group(__m512i sum, __m512 zero, __m512 scale, __m512 row_sum, __m512 row_scale, float* total) {
+  const __m512 dot = _mm512_fnmadd_ps(zero, row_sum, _mm512_cvtepi32_ps(sum));
+  _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_mul_ps(scale, row_scale), dot, _mm512_load_ps(total)));
+}
+
+// M rows times two blocks (the second may be the first again, at the right edge). The sums are two arrays whose every index is
+// known when the loops are unrolled: otherwise gcc keeps them in memory, and stores each of them for every line.
 template <int Bits, int M>
 void multiply_pair(const Weights& w, const Quantized& x, const Tile& tile, size_t first, size_t block, size_t next) {
   const uint8_t* left = w.codes + block * block_bytes(w);
   const uint8_t* right = w.codes + next * block_bytes(w);
   const __m512i low_nibbles = _mm512_set1_epi8(0x0f);
   constexpr size_t kInputs = Bits == 4 ? 8 : 4;
-  const size_t lines = w.group / kInputs, count = groups(w);
-  const int8_t* q[M];
-  for (int m = 0; m < M; ++m) q[m] = x.q + (first + m) * w.padded;
+  const size_t lines = w.group / kInputs, count = groups(w), padded = w.padded;
+  const int8_t* q = x.q + first * padded;
   alignas(64) float total[M][2][kBlock] = {};
   for (size_t g = 0; g < count; ++g) {
-    __m512i sums[M][2] = {};
-    for (size_t i = 0; i < lines; ++i, left += kLine, right += kLine) {
+    __m512i a_sums[M], b_sums[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) a_sums[m] = b_sums[m] = _mm512_setzero_si512();
+    for (size_t i = 0; i < lines; ++i, left += kLine, right += kLine, q += kInputs) {
       const __m512i a = line_at(left), b = line_at(right);
-      const size_t k = g * w.group + i * kInputs;
-      if (Bits == 4) {
-        const __m512i a_low = _mm512_and_si512(a, low_nibbles), b_low = _mm512_and_si512(b, low_nibbles);
+      const __m512i a_low = Bits == 4 ? _mm512_and_si512(a, low_nibbles) : a, b_low = Bits == 4 ? _mm512_and_si512(b, low_nibbles) : b;
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          const __m512i inputs = four_inputs(q[m] + k);
-          sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], a_low, inputs);
-          sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], b_low, inputs);
-        }
-        const __m512i a_high = _mm512_and_si512(_mm512_srli_epi16(a, 4), low_nibbles);
-        const __m512i b_high = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_nibbles);
+      for (int m = 0; m < M; ++m) {
+        const __m512i inputs = four_inputs(q + m * padded);
+        a_sums[m] = _mm512_dpbusd_epi32(a_sums[m], a_low, inputs);
+        b_sums[m] = _mm512_dpbusd_epi32(b_sums[m], b_low, inputs);
+      }
+      if (Bits == 8) continue;
+      const __m512i a_high = _mm512_and_si512(_mm512_srli_epi16(a, 4), low_nibbles);
+      const __m512i b_high = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_nibbles);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          const __m512i inputs = four_inputs(q[m] + k + 4);
-          sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], a_high, inputs);
-          sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], b_high, inputs);
-        }
-      } else {
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          const __m512i inputs = four_inputs(q[m] + k);
-          sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], a, inputs);
-          sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], b, inputs);
-        }
+      for (int m = 0; m < M; ++m) {
+        const __m512i inputs = four_inputs(q + m * padded + 4);
+        a_sums[m] = _mm512_dpbusd_epi32(a_sums[m], a_high, inputs);
+        b_sums[m] = _mm512_dpbusd_epi32(b_sums[m], b_high, inputs);
       }
     }
-    const __m512 scale[2] = {scales(w, block, g), scales(w, next, g)};
-    const __m512 zero[2] = {_mm512_cvtepi32_ps(zeros(w, block, g)), _mm512_cvtepi32_ps(zeros(w, next, g))};
+    const __m512 a_scale = scales(w, block, g), b_scale = scales(w, next, g);
+    const __m512 a_zero = _mm512_cvtepi32_ps(zeros(w, block, g)), b_zero = _mm512_cvtepi32_ps(zeros(w, next, g));
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const size_t at = (first + m) * count + g;
       const __m512 row_sum = _mm512_set1_ps(static_cast<float>(x.sum[at])), row_scale = _mm512_set1_ps(x.scale[at]);
-      for (int side = 0; side < 2; ++side) {
-        const __m512 dot = _mm512_fnmadd_ps(zero[side], row_sum, _mm512_cvtepi32_ps(sums[m][side]));
-        const __m512 so_far = _mm512_load_ps(total[m][side]);
-        _mm512_store_ps(total[m][side], _mm512_fmadd_ps(_mm512_mul_ps(scale[side], row_scale), dot, so_far));
-      }
+      add_group(a_sums[m], a_zero, a_scale, row_sum, row_scale, total[m][0]);
+      add_group(b_sums[m], b_zero, b_scale, row_sum, row_scale, total[m][1]);
     }
   }
   for (int m = 0; m < M; ++m) {
@@ -229,3 +227,5 @@ const Kernel x86_avx512_vnni{"avx512_vnni", runs, quantize, multiply, multiply_e
 }  // namespace qhub
 
 QHUB_ISA_END
+
+#endif
