@@ -73,12 +73,12 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
         "subclassed": result.subclassed,
     }
     finish(run.partial, source, result.schemes, result.ignored, metadata)
-    _sync(run.partial)
+    sync(run.partial)
     run.partial.rename(run.quantized)
     clean(run.work)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Make sure that the files of `folder` are on the disk, so that a name that says "complete" never lies."""
     for path in (*folder.iterdir(), folder):
         descriptor = os.open(path, os.O_RDONLY)
