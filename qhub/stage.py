@@ -262,7 +262,7 @@ def main(arguments: list[str]) -> int:
         execute(arguments[0], run, Plugins.load(), Events(run.events, tell))
     except QhubError as error:
         tell({"event": "error", "kind": type(error).__name__, "message": error.message, "hint": error.hint})
-        print(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        print(error.text, file=sys.stderr)
         return int(error.exit_code)
     return 0
 

@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             answer = questions[arguments[0]]()
     except QhubError as error:
-        print(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        print(error.text, file=sys.stderr)
         return int(error.exit_code)
     print(json.dumps(as_json(answer)))
     return 0
