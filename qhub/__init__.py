@@ -28,7 +28,7 @@ _HOMES = {
         "Grid", "better_rows", "fit_scales", "minmax_grid", "on_grid", "pick_rows", "quantize_rtn", "range_grid", "search_grid",
     ),
     "qhub.quantize.linalg": ("compensate", "lower_factor", "output_loss", "product", "solve", "turned"),
-    "qhub.quantize.store": ("QuantizedWeights", "folder_digest"),
+    "qhub.quantize.store": ("QuantizedWeights", "folder_digest", "read_layer"),
     "qhub.quantize.layouts.writer": ("write_layout",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from qhub.quantize.linalg import compensate, lower_factor, output_loss, product, solve, turned
     from qhub.quantize.pack import pack, unpack
     from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
-    from qhub.quantize.store import QuantizedWeights, folder_digest
+    from qhub.quantize.store import QuantizedWeights, folder_digest, read_layer
     from qhub.quiet import quiet_libraries
     from qhub.types import (
         Artifact,
