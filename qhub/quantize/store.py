@@ -132,12 +132,18 @@ def shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def finish(folder: Path, source: Path, schemes: Mapping[str, Scheme], ignored: list[str], metadata: Mapping[str, Any]) -> None:
-    """Write index, config and metadata once all shards are in `folder`, and copy the tokenizer from `source`."""
+def write_index(folder: Path) -> WeightFiles:
+    """Write the index of all shards in `folder`; returns what they hold."""
     files = WeightFiles.open_shards(folder, sorted(path.name for path in folder.glob("model-*.safetensors")))
     weight_map = {name: info.file.name for name, info in files.items()}
     total = sum(info.bytes for info in files.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return files
+
+
+def finish(folder: Path, source: Path, schemes: Mapping[str, Scheme], ignored: list[str], metadata: Mapping[str, Any]) -> None:
+    """Write index, config and metadata once all shards are in `folder`, and copy the tokenizer from `source`."""
+    files = write_index(folder)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     placements = _placements(files, schemes, metadata)
     config["quantization_config"] = quantization_config(schemes, ignored, placements, expand=bool(metadata.get("subclassed")))
