@@ -97,11 +97,15 @@ class IndexEntry:
         return self.status != "archived" and self.available != "none"
 
     @property
+    def instead(self) -> str:
+        """The end of a sentence that says why not: what to use in its place, if there is something."""
+        return f": `{self.replaced_by}` takes its place" if self.replaced_by else ""
+
+    @property
     def obstacle(self) -> str:
         """What stands between a plugin that is not installed and this machine."""
         if not self.is_offered:
-            why = "archived" if self.status == "archived" else "not a plugin of qhub"
-            return f"{why}: `{self.replaced_by}` takes its place" if self.replaced_by else why
+            return ("archived" if self.status == "archived" else "not a plugin of qhub") + self.instead
         if self.is_planned:
             return "planned, not published yet"
         return f"not installed: `{f'qhub plugins install {self.name} --isolated' if self.isolated else f'pip install {self.distribution}'}`"
