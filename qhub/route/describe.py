@@ -10,8 +10,8 @@ from qhub.route.estimate import (
     RUNTIME_BYTES,
     is_quantized,
     largest_fitting_parameters,
-    layer_bytes,
     milliseconds,
+    outer_bytes,
     weight_bytes,
 )
 from qhub.route.registry import IndexEntry
@@ -52,10 +52,7 @@ def scheme_reasons(search: Search, scheme: Scheme) -> Iterator[str]:
 
 
 def _rest(profile: ModelProfile, scheme: Scheme) -> Iterator[str]:
-    total = weight_bytes(profile, scheme)
-    rest = sum(layer_bytes(layer, scheme) for layer in profile.layers if layer.kind in ("embedding", "head"))
-    if profile.tied_embeddings:
-        rest -= sum(layer_bytes(layer, scheme) for layer in profile.layers if layer.kind == "head")
+    total, rest = weight_bytes(profile, scheme), outer_bytes(profile, scheme)
     if rest > _LARGE_REST * total and profile.parameters <= SMALL_MODEL_PARAMETERS:
         sizes = f"{human_bytes(rest)} of {human_bytes(total)}"
         yield f"embeddings and head stay at 16 bits: {sizes}; formats with an 8-bit head (GGUF) save half of it"
@@ -127,9 +124,8 @@ def _with_less(profile: ModelProfile, scheme: Scheme, target: Target) -> Iterato
     """Whether it fits with what some formats do: embeddings and head at 8 bits, and half the context."""
     if profile.task != "llm" or target.usable_memory_bytes is None:
         return
-    rest = sum(layer_bytes(layer, scheme) for layer in profile.layers if layer.kind in ("embedding", "head"))
     cache = LESS_CONTEXT * (profile.kv_bytes_per_token or 0)
-    need = (weight_bytes(profile, scheme) - rest / 2 + cache) * (1 + OVERHEAD_SHARE) + RUNTIME_BYTES
+    need = (weight_bytes(profile, scheme) - outer_bytes(profile, scheme) / 2 + cache) * (1 + OVERHEAD_SHARE) + RUNTIME_BYTES
     if need <= target.usable_memory_bytes:
         how = f"with embeddings and head at 8 bits, as GGUF has them, and {LESS_CONTEXT} tokens of context"
         yield f"{how} it needs {human_bytes(need)}, which fits"
