@@ -12,7 +12,7 @@ import re
 import shutil
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ from qhub.errors import PluginError, UsageError
 from qhub.isolation.ask import ask, last_words
 from qhub.isolation.environments import DECLARATIONS, LOCK, MARKER, Environment, Lock, environment, find_environments
 from qhub.isolation.group import run_group
+from qhub.locks import hold
 
 CONSTRAINTS = ("torch>=2.6,<2.14",)
 _CONSTRAINTS_FILE, _LOG = "constraints.txt", "install.log"
@@ -117,23 +118,15 @@ def _growing(made: Environment, say: Say) -> Iterator[Path]:
             raise
 
 
-@contextmanager
-def _held(made: Environment) -> Iterator[None]:
+def _held(made: Environment) -> ExitStack:
     """Hold the environment for this process where the system can.
 
     :raises UsageError: when another one is working on it.
     """
     try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        yield
-        return
-    with (made.folder.parent / f".{made.name}.lock").open("w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is installing or removing `{made.name}`", hint="wait until it ends") from None
-        yield
+        return hold(made.folder.parent / f".{made.name}.lock")
+    except BlockingIOError:
+        raise UsageError(f"another process is installing or removing `{made.name}`", hint="wait until it ends") from None
 
 
 def _remove(there: Environment) -> None:
