@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from qhub.isolation.ask import ask
 from qhub.isolation.conflicts import read_conflicts
 from qhub.isolation.environments import Environment, Lock, data_dir, environment, environments_dir, find_environments, locked_versions
 from qhub.isolation.group import Limits, run_group
-from qhub.isolation.install import CONSTRAINTS, Asked, install, remove, requirements_of
+from qhub.isolation.install import CONSTRAINTS, Asked, install, pins_of, remove, requirements_of
 from qhub.isolation.proxies import home_of
 from qhub.plugins import Plugins, PluginWarning
 from qhub.route.recipe import from_yaml
@@ -231,6 +232,36 @@ def test_torch_is_held_to_the_range_that_is_tested():
 def test_from_a_checkout_core_and_plugin_are_installed_as_they_lie_there():
     assert requirements_of(str(ROOT / "plugins" / "rtn")) == (f"-e {ROOT / 'plugins' / 'rtn'}", f"-e {ROOT}")
     assert requirements_of("qhub-other>=2") == ("qhub-other>=2", f"-e {ROOT}")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "pinned"),
+    [
+        ("qhub-toy", ["numpy==2.1.0", "qhub-toy==1.5", "toy==3.0"]),
+        ("/wheels/qhub_toy-1.5-py3-none-any.whl", ["numpy==2.1.0", "qhub-toy==1.5", "toy==3.0"]),
+        ("-e /checkout/plugins/toy", ["numpy==2.1.0", "toy==3.0"]),
+        ("/mine/qhub-toy", ["numpy==2.1.0", "toy==3.0"]),
+    ],
+    ids=["from the index", "a wheel", "of the checkout", "a folder"],
+)
+def test_a_lock_holds_all_but_what_comes_from_a_folder(plugin, pinned):
+    packages = {"numpy": "2.1.0", "qhub-core": "0.1.0", "qhub-toy": "1.5", "toy": "3.0"}  # `toy` is the tool that the plugin wraps
+    assert pins_of(Lock("3.12.1", "a day", (plugin,), packages), (plugin, "-e /checkout")) == pinned
+
+
+def test_an_installation_from_a_lock_takes_its_versions_or_none(tmp_path, monkeypatch):
+    """Without an index nothing can be had, and what was tried tells the constraints."""
+    monkeypatch.setenv("QHUB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with zipfile.ZipFile(tmp_path / "qhub_toy-1.5-py3-none-any.whl", "w") as archive:
+        archive.writestr("qhub_toy-1.5.dist-info/METADATA", "Metadata-Version: 2.1\nName: qhub-toy\nVersion: 1.5\n")
+        archive.writestr("qhub_toy-1.5.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("qhub_toy-1.5.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    lock = Lock("3.12.1", "a day", ("qhub-toy",), {"qhub-toy": "1.4"})
+    with pytest.raises(PluginError, match=r"`toy` could not be installed: .*qhub-toy"):
+        install(Asked("toy", "qhub-toy", lock), print)
+    assert find_environments() == []
 
 
 def test_what_cannot_be_installed_leaves_nothing(tmp_path, monkeypatch):

@@ -53,6 +53,9 @@ def install(asked: Asked, say: Say) -> Environment:
         requirements = requirements_of(asked.requirement)
         _run_installer(made, [*_installer(python), *_arguments(made, asked, requirements)], say)
         record(made, requirements)
+        if asked.lock is not None:
+            changed = sorted({name for name, _ in made.lock.packages.items() ^ asked.lock.packages.items()})
+            say(f"not as in the lock file: {', '.join(changed)}" if changed else "every version is that of the lock file")
     return made
 
 
@@ -149,7 +152,7 @@ def _arguments(made: Environment, asked: Asked, requirements: Sequence[str]) -> 
     """Arguments of the installer: versions of the lock as they are, else what was asked under our constraints."""
     words = [word for requirement in requirements for word in as_words(requirement)]
     constraints = made.folder / _CONSTRAINTS_FILE
-    pins = CONSTRAINTS if asked.lock is None else _pins(asked.lock.packages, requirements)
+    pins = CONSTRAINTS if asked.lock is None else pins_of(asked.lock, requirements)
     constraints.write_text("\n".join(pins) + "\n", encoding="utf-8")
     return ["--constraint", str(constraints), *words]
 
@@ -159,11 +162,11 @@ def as_words(requirement: str) -> list[str]:
     return ["-e", requirement[3:]] if requirement.startswith("-e ") else [requirement]
 
 
-def _pins(packages: Mapping[str, str], requirements: Sequence[str]) -> list[str]:
-    """`name==version` for all but what is installed from a folder."""
+def pins_of(lock: Lock, requirements: Sequence[str]) -> list[str]:
+    """`name==version` for all that `lock` holds but the core and the plugin where it comes from a folder: that is as it lies there."""
     folders = {Path(requirement.removeprefix("-e ")).name for requirement in requirements if "/" in requirement}
-    ours = {"qhub-core", *(f"qhub-{name}" for name in folders), *(f"{name}" for name in folders)}
-    return [f"{name}=={version}" for name, version in packages.items() if name.lower() not in ours]
+    ours = {"qhub-core", *(f"qhub-{name.removeprefix('qhub-')}" for name in folders)}
+    return [f"{name}=={version}" for name, version in lock.packages.items() if name.lower() not in ours]
 
 
 def _run_installer(made: Environment, command: Sequence[str], say: Say) -> None:
