@@ -7,12 +7,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from qhub import __version__
 from qhub.errors import QhubError, UsageError
 from qhub.route.usercache import read_cache, write_cache
-from qhub.types import Fact, Family, Target, Task
+from qhub.types import Fact, Family, Target
 
 if TYPE_CHECKING:
     from qhub.plugins import Plugins
@@ -129,11 +129,6 @@ class Registry:
     def aliases_of(self, name: str) -> tuple[str, ...]:
         """Other words for the device `name`."""
         return tuple(alias for alias, meant in self.aliases.items() if meant == name)
-
-    def targets_of(self, entry: IndexEntry) -> tuple[str, ...]:
-        """The devices for which `entry` finishes routes for some task."""
-        tasks = get_args(Task)
-        return tuple(name for name, target in self.targets.items() if any(entry.finishes_target(target, task) for task in tasks))
 
 
 def load_registry(path: Path | None = None) -> Registry:
