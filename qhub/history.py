@@ -157,6 +157,6 @@ def _held(path: Path) -> contextlib.ExitStack:
     """
     for _ in range(_LOCK_TRIES - 1):
         with contextlib.suppress(BlockingIOError):
-            return hold(path)
+            return hold(path, make=True)
         time.sleep(_LOCK_WAIT_S)
-    return hold(path)
+    return hold(path, make=True)

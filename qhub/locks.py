@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 
-def hold(path: Path) -> contextlib.ExitStack:
-    """Hold the folder or file `path` (a file that is missing is made) until what is returned is closed.
+def hold(path: Path, *, make: bool = False) -> contextlib.ExitStack:
+    """Hold the file or folder `path` until what is returned is closed; with `make` it is a file, made if it is missing.
 
     Where the system (Windows) or the file system has no such locks, nothing is held.
 
@@ -19,7 +19,7 @@ def hold(path: Path) -> contextlib.ExitStack:
         import fcntl
     except ImportError:
         return held
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT if make else os.O_RDONLY, 0o600)
     held.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,10 +24,9 @@ with hold(Path(sys.argv[1])):
 
 @pytest.fixture(params=["file", "folder"])
 def place(request, tmp_path) -> Path:
-    """Something to hold: a file that is not there yet, or a folder."""
+    """Something to hold."""
     path = tmp_path / "place"
-    if request.param == "folder":
-        path.mkdir()
+    path.touch() if request.param == "file" else path.mkdir()
     return path
 
 
@@ -51,4 +50,11 @@ def test_it_ends_with_the_process_that_holds_it(place):
 
 def test_a_place_that_cannot_be_opened_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        hold(tmp_path / "nowhere" / "place")
+        hold(tmp_path / "nowhere", make=False)
+    with pytest.raises(IsADirectoryError):
+        hold(tmp_path, make=True)
+
+
+def test_a_file_is_made_to_be_held(tmp_path):
+    hold(tmp_path / "lock", make=True).close()
+    assert (tmp_path / "lock").read_bytes() == b""

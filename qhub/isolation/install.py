@@ -127,7 +127,7 @@ def _held(made: Environment) -> ExitStack:
     :raises UsageError: when another one is working on it.
     """
     try:
-        return hold(made.folder.parent / f".{made.name}.lock")
+        return hold(made.folder.parent / f".{made.name}.lock", make=True)
     except BlockingIOError:
         raise UsageError(f"another process is installing or removing `{made.name}`", hint="wait until it ends") from None
 
