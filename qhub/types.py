@@ -161,6 +161,7 @@ class ModelProfile:
     has_tokenizer: bool = False
     tied_embeddings: bool = False
     quantization: str | None = None  # the method that already quantized it
+    own_code: bool = False  # its code comes with it (`auto_map`), not from transformers
     experts: int | None = None
     experts_per_token: int | None = None
     format: str = "safetensors"  # or "config" (no weights), "hub", "onnx", "pt2", "gguf", "tflite"

@@ -6,11 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
-from profiles import MODELS, SIX
+from profiles import LLAMA_3_8B, MODELS, SIX
 from toy_components import installed as toys
 
 from qhub import Exporter, NoRouteError, PluginError, Quantizer, Runtime, Scheme, UsageError, hookimpl
 from qhub.plugins import PluginInfo, Plugins
+from qhub.route.answers import fused_experts
 from qhub.route.estimate import weight_bytes
 from qhub.route.recommend import recommend
 from qhub.route.registry import load_registry
@@ -370,6 +371,18 @@ def test_a_model_that_is_too_large_does_not_fit_and_the_largest_that_would_is_sa
 )
 def test_goals_decide_whether_a_route_fits(goals, fits):
     assert first(goals=goals).fits == fits
+
+
+# transformers decides how experts are held, unless a model's own code does; shared experts are linear layers like others.
+@pytest.mark.parametrize(
+    ("name", "own_code", "refused"),
+    [("experts.0.up", False, True), ("experts.0.up", True, False), ("shared_expert.up", False, False)],
+    ids=["routed experts", "by its own code", "shared experts only"],
+)
+def test_a_mixture_is_refused_where_transformers_fuses_its_experts(name, own_code, refused):
+    layer = LayerShape(f"model.layers.0.mlp.{name}.weight", "expert", (64, 128), "bf16", 2 * 64 * 128, 0)
+    model = replace(LLAMA_3_8B, layers=(*LLAMA_3_8B.layers, layer), own_code=own_code)
+    assert (fused_experts(model) is not None) == refused
 
 
 def test_what_is_already_quantized_is_refused():

@@ -145,6 +145,7 @@ def assemble(model: ModelSource, config: Mapping[str, Any], tensors: Mapping[str
         has_tokenizer=any((model.path / name).exists() for name in _TOKENIZERS),
         tied_embeddings=task == "llm" and is_tied(config, text, layers),
         quantization=quantization,
+        own_code="auto_map" in config,
         experts=experts_of(text),
         experts_per_token=whole(text.get("num_experts_per_tok")),
         format=file_format,
