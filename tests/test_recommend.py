@@ -292,6 +292,12 @@ def test_without_any_exporter_the_route_ends_with_the_quantized_model_too():
     assert "(planned, not published yet) would finish it" in route.warnings[0]
 
 
+def test_a_format_that_is_asked_for_and_that_nothing_runs_ends_with_its_artifact():
+    route = first(plugins=installed(Nearest(), Folder(), FolderRuntime(), Apple()), scheme=Scheme.parse("w4a16-g32-asym"), wanted=["apple"])
+    assert (route.exporter, route.runtime, route.missing) == ("apple", None, ())
+    assert route.warnings == ("nothing installed runs `apple` on `host`: the run ends with that artifact, and does not open it",)
+
+
 def test_an_exporter_that_is_asked_for_runs_where_it_can():
     route = first(target=TARGETS["apple-m1"], wanted=["hf"])
     assert (route.exporter, route.runtime, route.missing) == ("hf", "hf", ())

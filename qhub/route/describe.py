@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from qhub.interfaces import Exporter
 from qhub.route.accuracy import SMALL_MODEL_GROUP, SMALL_MODEL_PARAMETERS
 from qhub.route.estimate import (
     OVERHEAD_SHARE,
@@ -96,8 +97,11 @@ def _above_goal(search: Search, scheme: Scheme, expected: Estimates) -> Iterator
     yield f"{text}; if it is missed: {LADDER}" if scheme.is_weight_only else text
 
 
-def ends_early(search: Search, target: Target) -> Iterator[str]:
-    """That nothing installed runs the result there, and what would."""
+def ends_early(search: Search, target: Target, exporter: Exporter | None = None) -> Iterator[str]:
+    """That nothing installed runs the result there, and what would; or that it ends with the artifact that was asked for."""
+    if exporter is not None and exporter.name in search.wanted.exporters:
+        yield f"nothing installed runs `{exporter.format}` on `{target.name}`: the run ends with that artifact, and does not open it"
+        return
     finishers = search.registry.finishers(target, search.profile.task)
     who = named(finishers) if finishers else "no known plugin"
     yield f"nothing installed runs this on `{target.name}`: the run ends with the QuantizedModel; {who} would finish it"

@@ -238,7 +238,7 @@ def _route(search: Search, choice: _Choice, pair: _Pair, scheme: Scheme) -> Rout
         warnings=(
             *choice.warnings,
             *describe.warnings(search, target, scheme, expected),
-            *(describe.ends_early(search, target) if not way.finished else ()),
+            *(describe.ends_early(search, target, way.exporter) if not way.finished else ()),
             *describe.does_not_fit(search.merged, scheme, target, broken),
         ),
         missing=tuple(dict.fromkeys((*not_importable(method), *way.missing))),
