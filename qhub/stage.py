@@ -1,6 +1,6 @@
 """The stages of a run, each a function from files to files: `python -m qhub.stage NAME RUN_DIR` runs one by itself.
 
-quantize: recipe.yaml → quantized/ · export: quantized/ → artifact/, work/artifacts.json · verify: artifact/ →
+quantize: recipe.yaml → quantized/, work/block_errors.json · export: quantized/ → artifact/, work/artifacts.json · verify: artifact/ →
 work/parity.json · evaluate: quantized/ → work/evaluation.json · report: all of these → report.json, report.html
 """
 
@@ -68,11 +68,11 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
         "recipe_digest": digest(recipe),
         "layers": {name: str(scheme) for name, scheme in result.schemes.items()},
         "notes": result.notes,
-        "block_errors": result.errors,
         "transposed": result.transposed,
         "subclassed": result.subclassed,
     }
     finish(run.partial, source, result.schemes, result.ignored, metadata)
+    run.write("work/block_errors.json", result.errors)  # not in the QuantizedModel: their last digits follow the number of threads
     sync(run.partial)
     run.partial.rename(run.quantized)
     clean(run.work)
@@ -153,7 +153,7 @@ def report(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
         recipe,
         digest(recipe),
         run.quantized,
-        {"expected": expected, **{name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation")}},
+        {"expected": expected, **{name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation", "block_errors")}},
         run.log(),
         platform.node(),
     )
