@@ -25,6 +25,8 @@ from qhub.route.recipe import FLOAT, digest, from_yaml
 from qhub.rundir import EXPECTED, RunDir
 from qhub.types import Calibration, Recipe, Scheme, as_json
 
+#: What an OSError that names no file says of the disk; any other (the network is not there) is of whoever raised it.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 Stage = Callable[[RunDir, Recipe, Plugins, Events], None]
 
 
@@ -222,9 +224,11 @@ def execute(name: str, run: RunDir, plugins: Plugins, events: Events) -> RunDir:
     with events.stage(name), quiet_libraries():
         try:
             STAGES[name](run, recipe, plugins, events)
-        except (QhubError, OSError, MemoryError, KeyboardInterrupt):
+        except (QhubError, MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK):
+                raise
             known = as_system_error(error)
             if known is not None:
                 raise known from error
