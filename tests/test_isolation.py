@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,18 +248,20 @@ def test_a_lock_holds_all_but_what_comes_from_a_folder(plugin, pinned):
     assert pins_of(Lock("3.12.1", "a day", (plugin,), packages), (plugin, "-e /checkout")) == pinned
 
 
-def test_an_installation_from_a_lock_takes_its_versions_or_none(tmp_path, monkeypatch):
-    """Without an index nothing can be had, and what was tried tells the constraints."""
+def test_an_installation_from_a_lock_holds_the_installer_to_it(tmp_path, monkeypatch):
+    """Without an index nothing can be had; what the installer is given is there while it is told."""
     monkeypatch.setenv("QHUB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with zipfile.ZipFile(tmp_path / "qhub_toy-1.5-py3-none-any.whl", "w") as archive:
-        archive.writestr("qhub_toy-1.5.dist-info/METADATA", "Metadata-Version: 2.1\nName: qhub-toy\nVersion: 1.5\n")
-        archive.writestr("qhub_toy-1.5.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("qhub_toy-1.5.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    lock = Lock("3.12.1", "a day", ("qhub-toy",), {"qhub-toy": "1.4"})
-    with pytest.raises(PluginError, match=r"`toy` could not be installed: .*qhub-toy"):
-        install(Asked("toy", "qhub-toy", lock), print)
+    given: list[str] = []
+
+    def say(text: str) -> None:
+        if "--constraint" in text:
+            given.append(Path(text.partition("--constraint ")[2].split()[0]).read_text())
+
+    with pytest.raises(PluginError, match="`toy` could not be installed"):
+        install(Asked("toy", "qhub-toy", Lock("3.12.1", "a day", ("qhub-toy",), {"qhub-core": "0.1", "qhub-toy": "1.4"})), say)
+    assert given == ["qhub-toy==1.4\n"]
     assert find_environments() == []
 
 
