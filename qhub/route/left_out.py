@@ -37,7 +37,7 @@ def absent(target: Target, profile: ModelProfile, registry: Registry, plugins: P
         if not entry.is_offered:
             if profile.task == "llm" or not entry.families:
                 why = f"archived ({entry.status_source})" if entry.status == "archived" else "not a plugin"
-                yield Rejected(name, f"{why}: `{entry.replaced_by}` takes its place" if entry.replaced_by else why)
+                yield Rejected(name, why + entry.instead)
         elif entry.formats and entry.name not in installed and entry.finishes_target(target, profile.task):
             yield Rejected(name, entry.obstacle)
 
