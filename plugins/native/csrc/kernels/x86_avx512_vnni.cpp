@@ -45,14 +45,14 @@ constexpr int kWaitingRows = 8;  // so many or fewer wait for memory more than t
 inline void ask_for(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0); }
 
 // The sums of one group, scaled, are added to total (16 floats).
-inline void add_group(__m512i sum, __m512 zero, __m512 scale, __m512 row_sum, __m512 row_scale, float* total) {
+__attribute__((always_inline)) inline void add_group(__m512i sum, __m512 zero, __m512 scale, __m512 row_sum, __m512 row_scale, float* total) {
   const __m512 dot = _mm512_fnmadd_ps(zero, row_sum, _mm512_cvtepi32_ps(sum));
   _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_mul_ps(scale, row_scale), dot, _mm512_load_ps(total)));
 }
 
 // sum += codes · inputs, four products a lane. Not by the intrinsic: gcc 12 then copies sums about and keeps some in memory, storing
 // them anew for every line (measured: 485 against 790 GOP/s in the first cache).
-inline void add_products(__m512i& sum, __m512i codes, __m512i inputs) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(inputs)); }
+__attribute__((always_inline)) inline void add_products(__m512i& sum, __m512i codes, __m512i inputs) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(inputs)); }
 
 // The twelve rows one by one: their sums have names, for what is in an array gcc keeps in memory.
 #define QHUB_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
@@ -100,62 +100,34 @@ void multiply_few(const Weights& w, const Quantized& x, const Tile& tile, size_t
     _mm512_mask_storeu_ps(tile.y + (first + m) * tile.stride + block * kBlock, valid(w, block), _mm512_load_ps(total[m]));
 }
 
-// Sums of M rows × two blocks. Not an array: gcc 12 would write it to memory with every line of codes.
-template <int M>
-struct Sums {
-  Sums<M - 1> before;
-  __m512i left, right;
-};
-template <>
-struct Sums<0> {};
-
-template <int M>
-inline void clear(Sums<M>& sums) {
-  sums.left = sums.right = _mm512_setzero_si512();
-  if constexpr (M > 1) clear(sums.before);
-}
-
-// q: four inputs of the first row; the next row's are `stride` further on.
-template <int M>
-inline void add_products(Sums<M>& sums, const int8_t* q, size_t stride, __m512i left, __m512i right) {
-  if constexpr (M > 1) add_products(sums.before, q, stride, left, right);
-  const __m512i inputs = four_inputs(q + (M - 1) * stride);
-  sums.left = _mm512_dpbusd_epi32(sums.left, left, inputs);
-  sums.right = _mm512_dpbusd_epi32(sums.right, right, inputs);
-}
-
-// What one group of two blocks does on its way to float.
-struct Scaling {
-  __m512 scale[2], zero[2];
-};
-
-inline __m512 scaled(const Scaling& s, int side, __m512i sum, float row_scale, float row_sum, __m512 total) {
-  const __m512 dot = _mm512_fnmadd_ps(s.zero[side], _mm512_set1_ps(row_sum), _mm512_cvtepi32_ps(sum));
-  return _mm512_fmadd_ps(_mm512_mul_ps(s.scale[side], _mm512_set1_ps(row_scale)), dot, total);
-}
-
-// totals [M][2][16]; at: the first row's group in x, the next row's is `count` further on.
-template <int M>
-inline void add_scaled(const Sums<M>& sums, const Scaling& s, const Quantized& x, size_t at, size_t count, float* totals) {
-  if constexpr (M > 1) add_scaled(sums.before, s, x, at, count, totals);
-  const float row_scale = x.scale[at + (M - 1) * count], row_sum = static_cast<float>(x.sum[at + (M - 1) * count]);
-  float* left = totals + (M - 1) * 2 * kBlock;
-  _mm512_store_ps(left, scaled(s, 0, sums.left, row_scale, row_sum, _mm512_load_ps(left)));
-  _mm512_store_ps(left + kBlock, scaled(s, 1, sums.right, row_scale, row_sum, _mm512_load_ps(left + kBlock)));
-}
-
+// Σ code · q of one group: M rows × two blocks. A function of its own that leaves its sums in memory: with what comes next in the
+// same function gcc 12 runs out of registers and writes every sum with every line.
 template <int Bits, int M>
-inline void add_group(Sums<M>& sums, const uint8_t* left, const uint8_t* right, size_t lines, const int8_t* q, size_t stride) {
+__attribute__((noinline)) void group_sums(const uint8_t* left, const uint8_t* right, size_t lines, const int8_t* q, size_t stride, int32_t (*to)[2][kBlock]) {
   const __m512i low_nibbles = _mm512_set1_epi8(0x0f);
+  __m512i sums[M][2] = {};
   for (size_t i = 0; i < lines; ++i, left += kLine, right += kLine, q += Bits == 4 ? 8 : 4) {
     const __m512i a = line_at(left), b = line_at(right);
-    if constexpr (Bits == 8) {
-      add_products(sums, q, stride, a, b);
-    } else {
-      add_products(sums, q, stride, _mm512_and_si512(a, low_nibbles), _mm512_and_si512(b, low_nibbles));
-      const __m512i a_high = _mm512_and_si512(_mm512_srli_epi16(a, 4), low_nibbles), b_high = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_nibbles);
-      add_products(sums, q + 4, stride, a_high, b_high);
+    const __m512i a_low = Bits == 4 ? _mm512_and_si512(a, low_nibbles) : a, b_low = Bits == 4 ? _mm512_and_si512(b, low_nibbles) : b;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const __m512i inputs = four_inputs(q + m * stride);
+      sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], a_low, inputs);
+      sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], b_low, inputs);
     }
+    if (Bits == 8) continue;
+    const __m512i a_high = _mm512_and_si512(_mm512_srli_epi16(a, 4), low_nibbles), b_high = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_nibbles);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const __m512i inputs = four_inputs(q + m * stride + 4);
+      sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], a_high, inputs);
+      sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], b_high, inputs);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    _mm512_store_si512(to[m][0], sums[m][0]);
+    _mm512_store_si512(to[m][1], sums[m][1]);
   }
 }
 
@@ -167,12 +139,20 @@ void multiply_pair(const Weights& w, const Quantized& x, const Tile& tile, size_
   const size_t count = groups(w), group_bytes = w.group * kBlock * Bits / 8;
   const int8_t* q = x.q + first * w.padded;
   alignas(64) float totals[M][2][kBlock] = {};
+  alignas(64) int32_t sums[M][2][kBlock];
   for (size_t g = 0; g < count; ++g, left += group_bytes, right += group_bytes, q += w.group) {
-    Sums<M> sums;
-    clear(sums);
-    add_group<Bits>(sums, left, right, group_bytes / kLine, q, w.padded);
-    const Scaling scaling{{scales(w, block, g), scales(w, next, g)}, {_mm512_cvtepi32_ps(zeros(w, block, g)), _mm512_cvtepi32_ps(zeros(w, next, g))}};
-    add_scaled(sums, scaling, x, first * count + g, count, totals[0][0]);
+    group_sums<Bits, M>(left, right, group_bytes / kLine, q, w.padded, sums);
+    const __m512 scale[2] = {scales(w, block, g), scales(w, next, g)};
+    const __m512 zero[2] = {_mm512_cvtepi32_ps(zeros(w, block, g)), _mm512_cvtepi32_ps(zeros(w, next, g))};
+    for (int m = 0; m < M; ++m) {
+      const size_t at = (first + m) * count + g;
+      const __m512 row_sum = _mm512_set1_ps(static_cast<float>(x.sum[at])), row_scale = _mm512_set1_ps(x.scale[at]);
+      for (int side = 0; side < 2; ++side) {
+        const __m512 dot = _mm512_fnmadd_ps(zero[side], row_sum, _mm512_cvtepi32_ps(_mm512_load_si512(sums[m][side])));
+        const __m512 so_far = _mm512_load_ps(totals[m][side]);
+        _mm512_store_ps(totals[m][side], _mm512_fmadd_ps(_mm512_mul_ps(scale[side], row_scale), dot, so_far));
+      }
+    }
   }
   for (int m = 0; m < M; ++m) {
     float* y = tile.y + (first + m) * tile.stride;
