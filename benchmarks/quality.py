@@ -1,11 +1,11 @@
 """Perplexity and KL of float, RTN, our methods and the peers' on one model, one row per scheme and method.
 
     python benchmarks/quality.py MODEL --calib TEXT --eval TEXT [--schemes w4a16-g128-asym …] [--out FILE.jsonl]
-                                 [--llmcompressor LLMC/bin/python] [--gptqmodel GPTQM/bin/python] [--ignore down_proj]
+                                 [--llmcompressor LLMC/bin/python] [--gptqmodel GPTQM/bin/python] [--peer-model FOLDER] [--ignore down_proj]
 
 Runs `qhub run` for each scheme and method (64 × 512 calibration tokens, 60 windows of 512 for evaluation, the defaults)
 and reads the figures from its report.json. The peers (environments: `benchmarks/peers/README.md`) get the same tokens and
-are judged on the same windows; `--ignore` names layers that the group size does not divide, which qhub leaves float by itself.
+are judged on the same windows (one that fails is a row that says so); `--ignore` names layers that the group size does not divide, which qhub leaves float by itself.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def rows(model: str, schemes: list[str], texts: list[str]) -> Iterator[dict[str,
 
 def peer_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per scheme, tool and method."""
+    model = args.peer_model or args.model
     tools = [("llmcompressor", args.llmcompressor, ("awq", "gptq")), ("gptqmodel", args.gptqmodel, ("gptq",))]
     with tempfile.TemporaryDirectory() as folder:
         tokens = f"{folder}/tokens.npy"
@@ -76,11 +77,16 @@ def peer_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     words = ["--method", method, "--bits", bits, "--group-size", group_size, "--dequantized", f"{folder}/float32"]
                     words += ["--ignore", *args.ignore] if args.ignore else []
                     words += ["--symmetric"] if kind == "sym" else []
-                    _printed(python, str(HERE / "peers" / f"{tool}_run.py"), args.model, tokens, f"{folder}/out", *words)
+                    row = {"scheme": scheme, "method": f"{tool} {method}"}
+                    try:
+                        _printed(python, str(HERE / "peers" / f"{tool}_run.py"), model, tokens, f"{folder}/out", *words)
+                    except subprocess.CalledProcessError as error:
+                        yield {**row, "failed": f"exit code {error.returncode}; stderr says why"}
+                        continue
                     judge = [sys.executable, str(HERE / "peers" / "evaluate.py"), args.model, args.eval]
                     base, found = _printed(*judge, f"{tool}={folder}/float32", "--windows", str(WINDOWS))[-2:]
                     figures = _figures(json.loads(found))
-                    yield {"scheme": scheme, "method": f"{tool} {method}", "float": json.loads(base)["perplexity"], **figures}
+                    yield {**row, "float": json.loads(base)["perplexity"], **figures}
 
 
 def _printed(*command: str) -> list[str]:
@@ -103,6 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--llmcompressor", help="the Python of its environment")
     parser.add_argument("--gptqmodel", help="the Python of its environment")
+    parser.add_argument("--peer-model", help="the same weights in float32, for peers that overflow in float16")
     parser.add_argument("--ignore", nargs="*", help="part of a layer's name, for the peers")
     args = parser.parse_args()
     peers = args.llmcompressor or args.gptqmodel
