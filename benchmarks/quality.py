@@ -5,7 +5,8 @@
 
 Runs `qhub run` for each scheme and method (64 × 512 calibration tokens, 60 windows of 512 for evaluation, the defaults)
 and reads the figures from its report.json. The peers (environments: `benchmarks/peers/README.md`) get the same tokens and
-are judged on the same windows (one that fails is a row that says so); `--ignore` names layers that the group size does not divide, which qhub leaves float by itself.
+are judged on the same windows; one that fails is a row that says so. `--ignore` names layers that the group size does not
+divide, which qhub leaves float by itself.
 """
 
 from __future__ import annotations
