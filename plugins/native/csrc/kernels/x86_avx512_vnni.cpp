@@ -12,9 +12,12 @@ QHUB_ISA_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 namespace qhub {
 namespace {
 
-constexpr size_t kRows = 12;  // rows of activations that a pair of blocks meets at once: 24 of 32 registers are sums
+constexpr int kRows = 12;        // rows of activations that a pair of blocks meets at once: 24 of 32 registers are sums
+constexpr int kFewRows = 3;      // up to here memory decides: one block at a time is one stream to read
+constexpr size_t kAhead = 4096;  // bytes between the codes that are multiplied and those that memory is asked for
 
 inline __m512i line_at(const uint8_t* address) { return _mm512_loadu_si512(address); }
+inline void ask_for(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0); }
 
 inline __m512 scales(const Weights& w, size_t block, size_t g) {
   const uint16_t* from = w.scale + (block * groups(w) + g) * kBlock;
@@ -38,153 +41,101 @@ inline __m512i four_inputs(const int8_t* q) {
   return _mm512_set1_epi32(word);
 }
 
-// What comes kAhead bytes later is asked for now.
-constexpr size_t kAhead = 4096;
-constexpr size_t kFewRows = 6;
-constexpr int kWaitingRows = 8;  // so many or fewer wait for memory more than they compute
-inline void ask_for(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line + kAhead), _MM_HINT_T0); }
-
-// The sums of one group, scaled, are added to total (16 floats).
-__attribute__((always_inline)) inline void add_group(__m512i sum, __m512 zero, __m512 scale, __m512 row_sum, __m512 row_scale, float* total) {
-  const __m512 dot = _mm512_fnmadd_ps(zero, row_sum, _mm512_cvtepi32_ps(sum));
-  _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_mul_ps(scale, row_scale), dot, _mm512_load_ps(total)));
-}
-
-// sum += codes · inputs, four products a lane. Not by the intrinsic: gcc 12 then copies sums about and keeps some in memory, storing
-// them anew for every line (measured: 485 against 790 GOP/s in the first cache).
-__attribute__((always_inline)) inline void add_products(__m512i& sum, __m512i codes, __m512i inputs) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(inputs)); }
-
-// The twelve rows one by one: their sums have names, for what is in an array gcc keeps in memory.
-#define QHUB_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
-
-#define QHUB_START(m) __m512i a##m = _mm512_setzero_si512(), b##m = a##m;
-
-// Up to six rows times one block: memory is read in one stream.
-template <int Bits, int M>
-void multiply_few(const Weights& w, const Quantized& x, const Tile& tile, size_t first, size_t block) {
-  const uint8_t* line = w.codes + block * block_bytes(w);
-  const __m512i low_nibbles = _mm512_set1_epi8(0x0f);
-  constexpr size_t kInputs = Bits == 4 ? 8 : 4;
-  const size_t lines = w.group / kInputs, count = groups(w), padded = w.padded;
-  const int8_t* q = x.q + first * padded;
-  alignas(64) float total[M][kBlock] = {};
-  for (size_t g = 0; g < count; ++g) {
-    QHUB_EACH_ROW(QHUB_START)
-    for (size_t i = 0; i < lines; ++i, line += kLine, q += kInputs) {
-      const __m512i codes = line_at(line);
-      ask_for(line);
-      if constexpr (Bits == 4) {
-        const __m512i low = _mm512_and_si512(codes, low_nibbles), high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low_nibbles);
-#define QHUB_ADD_FEW(m)                                            \
-  if constexpr (M > m) {                                           \
-    add_products(a##m, low, four_inputs(q + m * padded));          \
-    add_products(b##m, high, four_inputs(q + m * padded + 4));     \
-  }
-        QHUB_EACH_ROW(QHUB_ADD_FEW)
-      } else {
-#define QHUB_ADD_BYTES(m) \
-  if constexpr (M > m) add_products(a##m, codes, four_inputs(q + m * padded));
-        QHUB_EACH_ROW(QHUB_ADD_BYTES)
-      }
-    }
-    const __m512 scale = scales(w, block, g), zero = _mm512_cvtepi32_ps(zeros(w, block, g));
-#define QHUB_SCALE_FEW(m)                                                                                               \
-  if constexpr (M > m) {                                                                                                \
-    const size_t at = (first + m) * count + g;                                                                          \
-    add_group(_mm512_add_epi32(a##m, b##m), zero, scale, _mm512_set1_ps(static_cast<float>(x.sum[at])),                 \
-              _mm512_set1_ps(x.scale[at]), total[m]);                                                                   \
-  }
-    QHUB_EACH_ROW(QHUB_SCALE_FEW)
-  }
-  for (int m = 0; m < M; ++m)
-    _mm512_mask_storeu_ps(tile.y + (first + m) * tile.stride + block * kBlock, valid(w, block), _mm512_load_ps(total[m]));
-}
-
-// Σ code · q of one group: M rows × two blocks. A function of its own that leaves its sums in memory: with what comes next in the
-// same function gcc 12 runs out of registers and writes every sum with every line.
-template <int Bits, int M>
-__attribute__((noinline)) void group_sums(const uint8_t* left, const uint8_t* right, size_t lines, const int8_t* q, size_t stride, int32_t (*to)[2][kBlock]) {
-  const __m512i low_nibbles = _mm512_set1_epi8(0x0f);
-  __m512i sums[M][2] = {};
-  for (size_t i = 0; i < lines; ++i, left += kLine, right += kLine, q += Bits == 4 ? 8 : 4) {
-    const __m512i a = line_at(left), b = line_at(right);
-    const __m512i a_low = Bits == 4 ? _mm512_and_si512(a, low_nibbles) : a, b_low = Bits == 4 ? _mm512_and_si512(b, low_nibbles) : b;
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const __m512i inputs = four_inputs(q + m * stride);
-      sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], a_low, inputs);
-      sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], b_low, inputs);
-    }
-    if (Bits == 8) continue;
-    const __m512i a_high = _mm512_and_si512(_mm512_srli_epi16(a, 4), low_nibbles), b_high = _mm512_and_si512(_mm512_srli_epi16(b, 4), low_nibbles);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const __m512i inputs = four_inputs(q + m * stride + 4);
-      sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], a_high, inputs);
-      sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], b_high, inputs);
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    _mm512_store_si512(to[m][0], sums[m][0]);
-    _mm512_store_si512(to[m][1], sums[m][1]);
-  }
-}
-
-// M rows times two blocks (the second may be the first again, at the right edge).
-template <int Bits, int M>
-void multiply_pair(const Weights& w, const Quantized& x, const Tile& tile, size_t first, size_t block, size_t next) {
-  const uint8_t* left = w.codes + block * block_bytes(w);
-  const uint8_t* right = w.codes + next * block_bytes(w);
-  const size_t count = groups(w), group_bytes = w.group * kBlock * Bits / 8;
-  const int8_t* q = x.q + first * w.padded;
-  alignas(64) float totals[M][2][kBlock] = {};
-  alignas(64) int32_t sums[M][2][kBlock];
-  for (size_t g = 0; g < count; ++g, left += group_bytes, right += group_bytes, q += w.group) {
-    group_sums<Bits, M>(left, right, group_bytes / kLine, q, w.padded, sums);
-    const __m512 scale[2] = {scales(w, block, g), scales(w, next, g)};
-    const __m512 zero[2] = {_mm512_cvtepi32_ps(zeros(w, block, g)), _mm512_cvtepi32_ps(zeros(w, next, g))};
-    for (int m = 0; m < M; ++m) {
-      const size_t at = (first + m) * count + g;
-      const __m512 row_sum = _mm512_set1_ps(static_cast<float>(x.sum[at])), row_scale = _mm512_set1_ps(x.scale[at]);
-      for (int side = 0; side < 2; ++side) {
-        const __m512 dot = _mm512_fnmadd_ps(zero[side], row_sum, _mm512_cvtepi32_ps(_mm512_load_si512(sums[m][side])));
-        const __m512 so_far = _mm512_load_ps(totals[m][side]);
-        _mm512_store_ps(totals[m][side], _mm512_fmadd_ps(_mm512_mul_ps(scale[side], row_scale), dot, so_far));
-      }
-    }
-  }
-  for (int m = 0; m < M; ++m) {
-    float* y = tile.y + (first + m) * tile.stride;
-    _mm512_mask_storeu_ps(y + block * kBlock, valid(w, block), _mm512_load_ps(totals[m][0]));
-    _mm512_mask_storeu_ps(y + next * kBlock, valid(w, next), _mm512_load_ps(totals[m][1]));
-  }
-}
-
-using Pair = void (*)(const Weights&, const Quantized&, const Tile&, size_t, size_t, size_t);
-template <int Bits>
-constexpr Pair kPairs[kRows] = {
-    multiply_pair<Bits, 1>, multiply_pair<Bits, 2>, multiply_pair<Bits, 3>, multiply_pair<Bits, 4>,  multiply_pair<Bits, 5>,  multiply_pair<Bits, 6>,
-    multiply_pair<Bits, 7>, multiply_pair<Bits, 8>, multiply_pair<Bits, 9>, multiply_pair<Bits, 10>, multiply_pair<Bits, 11>, multiply_pair<Bits, 12>,
+// One group of one block or two. `ahead`: how far from a line is the one to ask memory for.
+template <int Blocks>
+struct Group {
+  const uint8_t* line[Blocks];
+  size_t lines, ahead;
 };
 
-using Few = void (*)(const Weights&, const Quantized&, const Tile&, size_t, size_t);
-template <int Bits>
-constexpr Few kFew[kFewRows] = {multiply_few<Bits, 1>, multiply_few<Bits, 2>, multiply_few<Bits, 3>, multiply_few<Bits, 4>,
-                                multiply_few<Bits, 5>, multiply_few<Bits, 6>};
+// Σ code · q of one group: M rows × one block or two. A function of its own that leaves its sums in memory: with what comes next in
+// the same function gcc 12 runs out of registers and writes every sum with every line.
+template <int Bits, int M, int Blocks>
+__attribute__((noinline)) void group_sums(const Group<Blocks>& group, const int8_t* q, size_t stride, int32_t (*to)[Blocks][kBlock]) {
+  constexpr int kInputs = Bits == 4 ? 8 : 4, kChains = Blocks == 1 && Bits == 4 ? 2 : 1;  // few sums: two chains hide the latency
+  const __m512i low_nibbles = _mm512_set1_epi8(0x0f);
+  __m512i sums[M][Blocks][kChains] = {};
+  size_t at = 0;
+  for (size_t i = 0; i < group.lines; ++i, at += kLine, q += kInputs) {
+    __m512i codes[Blocks][2];
+#pragma GCC unroll 2
+    for (int b = 0; b < Blocks; ++b) {
+      const __m512i line = line_at(group.line[b] + at);
+      ask_for(group.line[b] + at + group.ahead);
+      codes[b][0] = Bits == 4 ? _mm512_and_si512(line, low_nibbles) : line;
+      if (Bits == 4) codes[b][1] = _mm512_and_si512(_mm512_srli_epi16(line, 4), low_nibbles);
+    }
+#pragma GCC unroll 2
+    for (int nibble = 0; nibble < kInputs / 4; ++nibble)
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const __m512i inputs = four_inputs(q + m * stride + 4 * nibble);
+#pragma GCC unroll 2
+        for (int b = 0; b < Blocks; ++b) {
+          __m512i& sum = sums[m][b][nibble % kChains];
+          sum = _mm512_dpbusd_epi32(sum, codes[b][nibble], inputs);
+        }
+      }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int b = 0; b < Blocks; ++b) _mm512_store_si512(to[m][b], kChains == 1 ? sums[m][b][0] : _mm512_add_epi32(sums[m][b][0], sums[m][b][kChains - 1]));
+}
+
+// M rows from `first` times the given blocks, which may be the same at the right edge.
+template <int Bits, int M, int Blocks>
+void multiply_rows(const Weights& w, const Quantized& x, const Tile& tile, size_t first, const size_t* block) {
+  const size_t count = groups(w), group_bytes = w.group * kBlock * Bits / 8, bytes = block_bytes(w);
+  const int8_t* q = x.q + first * w.padded;
+  alignas(64) float totals[M][Blocks][kBlock] = {};
+  alignas(64) int32_t sums[M][Blocks][kBlock];
+  for (size_t g = 0; g < count; ++g, q += w.group) {
+    const size_t at = g * group_bytes, past = at + kAhead < bytes ? 0 : (Blocks - 1) * bytes;  // after the last line the next blocks follow
+    Group<Blocks> group{{}, group_bytes / kLine, kAhead + past};
+    __m512 scale[Blocks], zero[Blocks];
+    for (int b = 0; b < Blocks; ++b) {
+      group.line[b] = w.codes + block[b] * bytes + at;
+      scale[b] = scales(w, block[b], g);
+      zero[b] = _mm512_cvtepi32_ps(zeros(w, block[b], g));
+    }
+    group_sums<Bits, M, Blocks>(group, q, w.padded, sums);
+    for (int m = 0; m < M; ++m) {
+      const size_t of_row = (first + m) * count + g;
+      const __m512 row_sum = _mm512_cvtepi32_ps(_mm512_set1_epi32(x.sum[of_row])), row_scale = _mm512_set1_ps(x.scale[of_row]);
+      for (int b = 0; b < Blocks; ++b) {
+        const __m512 dot = _mm512_fnmadd_ps(zero[b], row_sum, _mm512_cvtepi32_ps(_mm512_load_si512(sums[m][b])));
+        _mm512_store_ps(totals[m][b], _mm512_fmadd_ps(_mm512_mul_ps(scale[b], row_scale), dot, _mm512_load_ps(totals[m][b])));
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int b = 0; b < Blocks; ++b)
+      _mm512_mask_storeu_ps(tile.y + (first + m) * tile.stride + block[b] * kBlock, valid(w, block[b]), _mm512_load_ps(totals[m][b]));
+}
+
+using Rows = void (*)(const Weights&, const Quantized&, const Tile&, size_t, const size_t*);
+
+template <int Bits, int M, int Blocks>
+Rows rows_of(size_t count) {
+  if constexpr (M == 1) return multiply_rows<Bits, 1, Blocks>;
+  else return count == M ? multiply_rows<Bits, M, Blocks> : rows_of<Bits, M - 1, Blocks>(count);
+}
 
 template <int Bits>
 void multiply_bits(const Weights& w, const Quantized& x, const Tile& tile) {
   const size_t rows = tile.row_end - tile.row;
   if (rows <= kFewRows) {
-    for (size_t block = tile.block; block < tile.block_end; ++block) kFew<Bits>[rows - 1](w, x, tile, tile.row, block);
+    const Rows few = rows_of<Bits, kFewRows, 1>(rows);
+    for (size_t block = tile.block; block < tile.block_end; ++block) few(w, x, tile, tile.row, &block);
     return;
   }
+  const size_t parts = (rows + kRows - 1) / kRows;  // of about the same size
   for (size_t block = tile.block; block < tile.block_end; block += 2) {
-    const size_t next = block + 1 < tile.block_end ? block + 1 : block;
-    for (size_t row = tile.row; row < tile.row_end; row += kRows) {
-      const size_t count = tile.row_end - row < kRows ? tile.row_end - row : kRows;
-      kPairs<Bits>[count - 1](w, x, tile, row, block, next);
+    const size_t pair[2] = {block, block + 1 < tile.block_end ? block + 1 : block};
+    for (size_t part = 0; part < parts; ++part) {
+      const size_t row = tile.row + rows * part / parts, row_end = tile.row + rows * (part + 1) / parts;
+      rows_of<Bits, kRows, 2>(row_end - row)(w, x, tile, row, pair);
     }
   }
 }
