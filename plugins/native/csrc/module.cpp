@@ -14,6 +14,7 @@
 
 #include "checksum.h"
 #include "decoder.h"
+#include "file.h"
 #include "kernels.h"
 #include "measure.h"
 #include "sampler.h"
@@ -255,6 +256,16 @@ NB_MODULE(_native, module) {
              "Packs the parts, one below the other, into `memory` (uint8, 64-byte aligned). Returns the exponent of the scales.");
 
   module.def("pack_float", &pack_float, "pool"_a, "shape"_a, "rows"_a, "dtype"_a, "memory"_a, "Rounds float rows to 8 bits into `memory`.");
+  module.def("read_file", [](Pool& pool, const std::string& path, size_t offset, size_t count) {
+    require(count > 0, "there is something to read");
+    Memory* held = nullptr;
+    {
+      nb::gil_scoped_release release;
+      held = new Memory(read_file(pool, path, offset, count));
+    }
+    nb::capsule owner(held, [](void* memory) noexcept { delete static_cast<Memory*>(memory); });
+    return nb::ndarray<nb::numpy, uint8_t>(held->data(), {count}, owner);
+  }, "pool"_a, "path"_a, "offset"_a, "count"_a, "Part of a file as a uint8 array in large pages.");
   module.def("checksum", [](Pool& pool, Bytes bytes) {
     nb::gil_scoped_release release;
     return checksum(pool, bytes.data(), bytes.size());

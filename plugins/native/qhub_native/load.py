@@ -165,7 +165,7 @@ class _Loader:
             shapes[self.head_name] = self._head_shape()
         entries = packs.plan(shapes)
         memory = aligned(max(entry.offset + entry.shape.packed_bytes for entry in entries.values()))
-        made = packs.Pack(entries, memory, 0)
+        made = packs.Pack(entries, memory)
         for runs in self.groups.values():
             for names in runs:
                 if names[0] in self.schemes:

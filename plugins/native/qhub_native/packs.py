@@ -1,4 +1,4 @@
-"""The pack cache: a model's matrices as the kernels read them, in one file that the next start maps.
+"""The pack cache: a model's matrices as the kernels read them, in one file that the next start reads.
 
 The file: 8 bytes of magic, 8 bytes of header length (little-endian), 32 bytes sha256 of the header, the header (JSON: key and
 entries), then the matrices at offsets that are multiples of 4096. One layout serves every instruction set (csrc/gemm.h), so
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import secrets
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qhub_native._native import Pool, Shape, checksum
+from qhub_native._native import Pool, Shape, checksum, read_file
 
 LAYOUT_VERSION = 1
 _MAGIC = b"QHUBPACK"
@@ -77,15 +76,14 @@ def _rounded(count: int) -> int:
 class Pack:
     """An opened pack: `matrix(name)` is a view of its bytes, valid as long as this object."""
 
-    def __init__(self, entries: Mapping[str, Entry], memory: mmap.mmap | NDArray[np.uint8], start: int) -> None:
+    def __init__(self, entries: Mapping[str, Entry], memory: NDArray[np.uint8]) -> None:
         self.entries = entries
         self._memory = memory
-        self._start = start
 
     def matrix(self, name: str) -> NDArray[np.uint8]:
         """The bytes of matrix `name`."""
         entry = self.entries[name]
-        return np.frombuffer(self._memory, dtype=np.uint8, count=entry.shape.packed_bytes, offset=self._start + entry.offset)
+        return self._memory[entry.offset : entry.offset + entry.shape.packed_bytes]
 
 
 def open_pack(path: Path, key: str, pool: Pool) -> Pack | None:
@@ -96,11 +94,12 @@ def open_pack(path: Path, key: str, pool: Pool) -> Pack | None:
             if found is None:
                 return None
             header_bytes, entries = found
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    except (OSError, ValueError):
+            start = _rounded(_PREFIX + header_bytes)
+            count = os.fstat(file.fileno()).st_size - start
+        pack = Pack(entries, read_file(pool, str(path), start, count))
+    except (OSError, ValueError, RuntimeError):
         return None
-    pack = Pack(entries, mapped, _rounded(_PREFIX + header_bytes))
-    return pack if _is_whole(pack, len(mapped), pool) else None
+    return pack if _is_whole(pack, count, pool) else None
 
 
 def _read_header(prefix: bytes, read: Any, key: str) -> tuple[int, dict[str, Entry]] | None:  # noqa: ANN401 - file.read
@@ -116,9 +115,9 @@ def _read_header(prefix: bytes, read: Any, key: str) -> tuple[int, dict[str, Ent
     return length, {name: Entry(**entry) for name, entry in header["entries"].items()}
 
 
-def _is_whole(pack: Pack, file_bytes: int, pool: Pool) -> bool:
+def _is_whole(pack: Pack, count: int, pool: Pool) -> bool:
     for name, entry in pack.entries.items():
-        if pack._start + entry.offset + entry.shape.packed_bytes > file_bytes or checksum(pool, pack.matrix(name)) != entry.checksum:
+        if entry.offset + entry.shape.packed_bytes > count or checksum(pool, pack.matrix(name)) != entry.checksum:
             return False
     return True
 
