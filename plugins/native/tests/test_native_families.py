@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from qhub_native import _native
 from qhub_native.load import Options
 from qhub_native.session import NativeSession
+from references import off, reference
 from tiny_models import FAMILIES, quantize, random_ids, tiny_model
 
-from qhub import QuantizedWeights, Unsupported
+from qhub import Unsupported
 from qhub.plugins import Plugins
 
 RUNS = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
@@ -37,33 +37,8 @@ def made(tmp_path_factory):
     return make
 
 
-def reference(folder, ids, **config_changes):
-    """Logits of transformers in float32 with the dequantized weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = json.loads((folder / "config.json").read_text())
-    settings.pop("quantization_config")
-    config = AutoConfig.for_model(**{**settings, **config_changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    weights = QuantizedWeights(folder)
-    state = {}
-    for name in weights:
-        layer = name.removesuffix(".weight")
-        state[name] = weights.layer(layer).dequantize(torch.float32) if layer in weights.schemes else weights.read(name).float()
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    with torch.no_grad():
-        return model(ids).logits.numpy()
-
-
 def session(folder, kernel=KERNELS[0], *, exact=True, threads=2):
     return NativeSession(folder, Options(threads, kernel, exact=exact, forced=True))
-
-
-def off(found, wanted):
-    """The largest difference as a share of the range of logits."""
-    return np.abs(found - wanted).max() / np.ptp(wanted)
 
 
 @pytest.mark.parametrize("family", RUNS)
