@@ -38,8 +38,8 @@ class Language:
             text = config.get("text_config")
             for value in (config.get("eos_token_id"), text.get("eos_token_id") if isinstance(text, dict) else None):
                 yield from (token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
-        ends = (self.tokenizer.id_of("eos_token"), self.template and self.template.end_of_reply(self.tokenizer.special))
-        yield from (token for token in ends if token is not None)
+        end = None if self.template is None else self.template.end_of_reply(self.tokenizer.special)
+        yield from (token for token in (self.tokenizer.id_of("eos_token"), end) if token is not None)
 
 
 class Dialogue:
