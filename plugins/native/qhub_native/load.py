@@ -196,7 +196,7 @@ class _Loader:
             stacks = {stack: self._stack(linears, self.groups[block, stack]) for stack in ("qkv", "out", "gate_up", "down")}
             decoder.add_layer(**stacks, norms=self._norms(block), window=self.family.windows[block], rope=self.family.ropes[block])
         embedding = self._dense(f"{self.prefix}embed_tokens")
-        head = linears.get(self.head_name) or self._dense(self.head_name)
+        head = linears.get(self.head_name) or linears.setdefault(self.head_name, self._dense(self.head_name))
         decoder.set_ends(embedding, head, self._norm(f"{self.prefix}norm"))
         return decoder
 
