@@ -2,12 +2,14 @@
 # torch comes first and alone, so that a machine can choose its build: TORCH="torch==2.13.0+cpu", PIP_EXTRA_INDEX_URL=…
 PYTHON ?= python3
 TORCH ?= torch>=2.6,<2.14
-PLUGINS := rtn awq gptq hf demo
+PLUGINS := rtn awq gptq hf demo native
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := .demo/run
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 PROJECTS := pyproject.toml $(PLUGINS:%=plugins/%/pyproject.toml)
+# What the native plugin is compiled from; an editable install does not look.
+SOURCES := plugins/native/CMakeLists.txt $(wildcard plugins/native/csrc/* plugins/native/csrc/kernels/*)
 
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
@@ -44,7 +46,7 @@ $(VENV)/.torch: $(VENV)/.python
 	touch $@
 
 # The plugins depend on qhub-core, which is only here: one command, so that pip finds it.
-$(VENV)/.hub: $(VENV)/.torch $(PROJECTS)
+$(VENV)/.hub: $(VENV)/.torch $(PROJECTS) $(SOURCES)
 	$(BIN)/pip install --quiet -e . $(PLUGINS:%=-e plugins/%)
 	touch $@
 

@@ -206,14 +206,14 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def write_config(folder: Path, shape: Shape) -> None:
+def write_config(folder: Path, shape: Shape, context: int) -> None:
     """config.json of a LlamaForCausalLM, head and embedding untied."""
     common = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
         "hidden_act": "silu",
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
@@ -287,13 +287,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--layers", type=int, help="number of blocks, where not the shape's own")
+    parser.add_argument("--context", type=int, default=2048, help="positions that the config allows; the weights are the same")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     if args.layers is not None:
         shape = Shape(**{**asdict(shape), "num_hidden_layers": args.layers})
     args.out.mkdir(parents=True, exist_ok=True)
-    write_config(args.out, shape)
+    write_config(args.out, shape, args.context)
     write_tokenizer(args.out, shape.vocab_size)
     (args.out / "calibration.txt").write_text(calibration_text(args.seed), encoding="utf-8")
     write_weights(args.out, shape, args.seed)

@@ -28,7 +28,7 @@ _HOMES = {
         "Grid", "better_rows", "fit_scales", "minmax_grid", "on_grid", "pick_rows", "quantize_rtn", "range_grid", "search_grid",
     ),
     "qhub.quantize.linalg": ("compensate", "lower_factor", "output_loss", "product", "solve", "turned"),
-    "qhub.quantize.store": ("QuantizedWeights", "folder_digest"),
+    "qhub.quantize.store": ("QuantizedWeights", "folder_digest", "read_layer"),
     "qhub.quantize.layouts.writer": ("write_layout",),
     "qhub.route.host": ("cpu_model", "fast_cores"),
     "qhub.route.usercache": ("cache_path", "read_cache", "write_cache"),
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from qhub.quantize.linalg import compensate, lower_factor, output_loss, product, solve, turned
     from qhub.quantize.pack import pack, unpack
     from qhub.quantize.qtensor import QTensor, dequantize, encode, round_scale
-    from qhub.quantize.store import QuantizedWeights, folder_digest
+    from qhub.quantize.store import QuantizedWeights, folder_digest, read_layer
     from qhub.quiet import quiet_libraries
     from qhub.route.host import cpu_model, fast_cores
     from qhub.route.usercache import cache_path, read_cache, write_cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from qhub import preflight
 from qhub.errors import QhubError, UsageError
 from qhub.events import Events
 from qhub.rundir import locked
-from qhub.stage import as_system_error
+from qhub.stage import as_system_error, sync
 
 
 def convert(path: Path, to: str, out: Path | None, events: Events) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def _written(source: Path, out: Path, to: str, events: Events) -> Any:  # noqa: 
         _empty(partial)  # of what a killed process left
         try:
             written = write_layout(source, partial, to, events)
-            _sync(partial)
+            sync(partial)
             _check_out(out)
             partial.replace(out)
         except BaseException as error:
@@ -90,10 +89,3 @@ def _check_out(out: Path) -> None:
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

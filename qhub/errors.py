@@ -30,6 +30,11 @@ class QhubError(Exception):
         self.message = message
         self.hint = hint
 
+    @property
+    def text(self) -> str:
+        """`error: …`, a blank line, `hint: …`: what is printed where no terminal is."""
+        return f"error: {self.message}" + (f"\n\nhint: {self.hint}" if self.hint else "")
+
 
 class DamagedModelError(QhubError):
     """A model whose files contradict each other or hold numbers that are none: what was made from it is worth nothing."""

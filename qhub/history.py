@@ -12,11 +12,12 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qhub.locks import hold
 from qhub.route.circumstances import threads
 from qhub.route.host import cache_file, cpu_model
 
@@ -90,7 +91,8 @@ def load(path: Path | None = None) -> tuple[Entry, ...]:
 def record(entries: Sequence[Entry], path: Path | None = None) -> bool:
     """Remember `entries`, and forget the oldest beyond the bound; False where that was not possible or not wanted.
 
-    Entries that are not plausible are left out. Processes that do this at once wait for each other.
+    Entries that are not plausible are left out. Processes that do this at once wait for each other; without locks (Windows) one of two
+    that write at once is forgotten.
     """
     new = [entry for entry in entries if _is_plausible(entry)]
     if not new or not is_enabled():
@@ -98,7 +100,7 @@ def record(entries: Sequence[Entry], path: Path | None = None) -> bool:
     path = path or history_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with _held(path.with_suffix(".lock")):
             known = [line for line in _lines(path) if _entry(line) is not None]
             _replace(path, [*known, *map(_line, new)][-_KEPT:])
     except OSError:
@@ -148,27 +150,13 @@ def _replace(path: Path, lines: Sequence[str]) -> None:
         beside.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _held(path: Path) -> contextlib.ExitStack:
     """Hold the lock file `path`; it stays, empty, since removing it would let two processes hold it.
 
     :raises OSError: when another process does not let go of it.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows: of two that write at once, one is forgotten
-        yield
-        return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        for tries_left in reversed(range(_LOCK_TRIES)):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if tries_left == 0:
-                    raise
-                time.sleep(_LOCK_WAIT_S)
-        yield
-    finally:
-        os.close(descriptor)
+    for _ in range(_LOCK_TRIES - 1):
+        with contextlib.suppress(BlockingIOError):
+            return hold(path, make=True)
+        time.sleep(_LOCK_WAIT_S)
+    return hold(path, make=True)

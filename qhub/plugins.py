@@ -224,6 +224,14 @@ def missing_modules(component: Component) -> tuple[str, ...]:
     return tuple(name for name in component.requires if importlib.util.find_spec(name.partition(".")[0]) is None)
 
 
+def installed_version(distribution: str) -> str | None:
+    """The version of `distribution` in the running environment; None if it is not installed. Imports nothing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the nearest known one, all known ones, and how to install more."""
     known = sorted(known)

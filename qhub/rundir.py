@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qhub.errors import QhubError, UsageError
+from qhub.locks import hold
 
 RECIPE = "recipe.yaml"
 STATE = "state.json"
@@ -181,30 +182,19 @@ def locked(path: Path) -> Iterator[None]:
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(path)
+    held = _hold(path)
     try:
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        held.close()
         with contextlib.suppress(OSError):  # the first that is not empty ends it
             for folder in made:
                 folder.rmdir()
 
 
-def _lock(path: Path) -> int | None:
+def _hold(path: Path) -> contextlib.ExitStack:
     try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        return None
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(path)
     except BlockingIOError:
-        os.close(descriptor)
         message = f"`{path}` is in use: another process is working on this run"
         raise UsageError(message, hint="wait until it ends, or give another directory: `--out DIR`") from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -1,6 +1,6 @@
 """The stages of a run, each a function from files to files: `python -m qhub.stage NAME RUN_DIR` runs one by itself.
 
-quantize: recipe.yaml → quantized/ · export: quantized/ → artifact/, work/artifacts.json · verify: artifact/ →
+quantize: recipe.yaml → quantized/, work/block_errors.json · export: quantized/ → artifact/, work/artifacts.json · verify: artifact/ →
 work/parity.json · evaluate: quantized/ → work/evaluation.json · report: all of these → report.json, report.html
 """
 
@@ -25,6 +25,8 @@ from qhub.route.recipe import FLOAT, digest, from_yaml
 from qhub.rundir import EXPECTED, RunDir
 from qhub.types import Calibration, Recipe, Scheme, as_json
 
+#: What an OSError that names no file says of the disk; any other (the network is not there) is of whoever raised it.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 Stage = Callable[[RunDir, Recipe, Plugins, Events], None]
 
 
@@ -68,17 +70,17 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
         "recipe_digest": digest(recipe),
         "layers": {name: str(scheme) for name, scheme in result.schemes.items()},
         "notes": result.notes,
-        "block_errors": result.errors,
         "transposed": result.transposed,
         "subclassed": result.subclassed,
     }
     finish(run.partial, source, result.schemes, result.ignored, metadata)
-    _sync(run.partial)
+    run.write("work/block_errors.json", result.errors)  # not in the QuantizedModel: their last digits follow the number of threads
+    sync(run.partial)
     run.partial.rename(run.quantized)
     clean(run.work)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Make sure that the files of `folder` are on the disk, so that a name that says "complete" never lies."""
     for path in (*folder.iterdir(), folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -153,7 +155,7 @@ def report(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
         recipe,
         digest(recipe),
         run.quantized,
-        {"expected": expected, **{name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation")}},
+        {"expected": expected, **{name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation", "block_errors")}},
         run.log(),
         platform.node(),
     )
@@ -222,9 +224,11 @@ def execute(name: str, run: RunDir, plugins: Plugins, events: Events) -> RunDir:
     with events.stage(name), quiet_libraries():
         try:
             STAGES[name](run, recipe, plugins, events)
-        except (QhubError, OSError, MemoryError, KeyboardInterrupt):
+        except (QhubError, MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK):
+                raise
             known = as_system_error(error)
             if known is not None:
                 raise known from error
@@ -262,7 +266,7 @@ def main(arguments: list[str]) -> int:
         execute(arguments[0], run, Plugins.load(), Events(run.events, tell))
     except QhubError as error:
         tell({"event": "error", "kind": type(error).__name__, "message": error.message, "hint": error.hint})
-        print(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        print(error.text, file=sys.stderr)
         return int(error.exit_code)
     return 0
 

@@ -27,15 +27,6 @@ class Windows:
     sha256: str
 
 
-def file_sha256(path: Path) -> str:
-    """Digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def read_windows(
     tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
     path: Path,

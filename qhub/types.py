@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -170,10 +170,15 @@ class ModelProfile:
     has_tokenizer: bool = False
     tied_embeddings: bool = False
     quantization: str | None = None  # the method that already quantized it
+    own_code: bool = False  # its code comes with it (`auto_map`), not from transformers
     experts: int | None = None
     experts_per_token: int | None = None
     format: str = "safetensors"  # or "config" (no weights), "hub", "onnx", "pt2", "gguf", "tflite"
     complete: bool = True  # False: what the weights are does not follow from the files; parameters, layers or bytes are then 0 or empty
+
+    def weights(self) -> Iterator[LayerShape]:
+        """Every tensor that counts: a head that is tied to the embedding is the embedding."""
+        return (layer for layer in self.layers if not (self.tied_embeddings and layer.kind == "head"))
 
     def linears(self) -> tuple[LayerShape, ...]:
         """The matrices inside the blocks: what a weight quantizer works on."""

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from qhub.errors import PluginError, QhubError, UsageError
 from qhub.interfaces import Component, Exporter, Quantizer, Runtime
-from qhub.plugins import GROUP, Plugins, missing_modules
+from qhub.plugins import GROUP, Plugins, installed_version, missing_modules
 from qhub.types import LayerShape, ModelProfile, Scheme, Task, as_json
 
 _GROUPS = (None, 16, 32, 64, 128, 256)
@@ -48,7 +48,7 @@ def declare(name: str) -> dict[str, Any]:
     if lacking:
         raise PluginError(f"plugin `{name}` needs `{lacking[0]}`, which cannot be imported there", hint="report it to the plugin's author")
     info = plugins.infos[0]
-    tools = {tool: version for tool in _requirements(point) if (version := _version(tool)) is not None}
+    tools = {tool: version for tool in _requirements(point) if (version := installed_version(tool)) is not None}
     components = [_declaration(part) for part in parts]
     return {"distribution": info.distribution, "version": info.version, "tools": tools, "components": components}
 
@@ -57,13 +57,6 @@ def _requirements(point: metadata.EntryPoint) -> list[str]:
     """The names of the distributions that the plugin's own one asks for."""
     asked = metadata.requires(point.dist.name) if point.dist else None
     return [match[0] for text in asked or () if (match := re.match(r"[\w.-]+", text)) and "extra ==" not in text]
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _declaration(part: Component) -> dict[str, Any]:
@@ -128,7 +121,7 @@ def main(arguments: list[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             answer = questions[arguments[0]]()
     except QhubError as error:
-        print(f"error: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+        print(error.text, file=sys.stderr)
         return int(error.exit_code)
     print(json.dumps(as_json(answer)))
     return 0

@@ -167,6 +167,22 @@ def test_what_does_not_exist_is_a_usage_error(qhub, tmp_path, arguments, message
 
 
 @pytest.mark.parametrize(
+    ("isolated", "message", "hint"),
+    [
+        ((), "`--from-lock` sets the versions of an environment of its own", "add `--isolated`"),
+        (("--isolated",), "`{path}` is damaged", "give an environment's lock file: `{data}/environments/NAME/lock.json`"),
+    ],
+    ids=["not isolated", "damaged"],
+)
+def test_a_lock_that_cannot_be_installed_from_is_a_usage_error(qhub, tmp_path, isolated, message, hint):
+    path = tmp_path / "lock.json"
+    path.write_text('{"python": "3.12.1"}')
+    ran = qhub("plugins", "install", "llmcompressor", *isolated, "--from-lock", path, env={"QHUB_DATA_DIR": str(tmp_path)})
+    said = f"error: {message}\n\nhint: {hint}\n".format(path=path, data=tmp_path)
+    assert (ran.code, ran.out, ran.err) == (2, "", said)
+
+
+@pytest.mark.parametrize(
     ("word", "found"),
     [("squeezes", ["toy"]), ("TOYBOX", ["toy"]), ("gguf", ["gguf"]), ("nothing-has-this", [])],
     ids=["summary", "format", "index", "none"],

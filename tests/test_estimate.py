@@ -9,7 +9,7 @@ import routing_page as page
 from profiles import BERT_BASE, LLAMA_3_8B, MODELS, RESNET_50, WHISPER_BASE
 
 from qhub import Scheme
-from qhub.route.estimate import estimate, largest_fitting_parameters, merged, read_bytes_per_token, unmet, weight_bytes
+from qhub.route.estimate import estimate, largest_fitting_parameters, merged, outer_bytes, read_bytes_per_token, unmet, weight_bytes
 from qhub.route.registry import load_registry
 from qhub.route.speed import Speed, decode_share
 from qhub.types import Fact, Goals, LayerShape, ModelProfile, Target
@@ -202,3 +202,10 @@ def test_a_microcontroller_keeps_weights_in_its_flash():
 def test_limits_that_are_broken_are_named(goals, broken):
     target = TARGETS["intel-cpu-avx2"]
     assert unmet(estimate(LLAMA_3_8B, W4, target, Speed()), target, goals) == broken
+
+
+@pytest.mark.parametrize(("tied", "matrices"), [(False, 2), (True, 1)], ids=["own head", "tied"])
+def test_embedding_and_head_weigh_16_bits_and_once_if_they_are_tied(tied, matrices):
+    layers = tuple(LayerShape(kind, kind, (64, 64), "bf16", 8192) for kind in ("embedding", "linear", "head"))
+    profile = ModelProfile("m", "m", "llm", "X", 3 * 4096, "bf16", 3 * 8192, layers, tied_embeddings=tied)
+    assert outer_bytes(profile, W4) == matrices * 8192

@@ -19,7 +19,7 @@ from tiny_models import MORE, logits_of, quantize, random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from qhub import pipeline
-from qhub.errors import ExitCode, Unsupported
+from qhub.errors import ExitCode, NoRouteError, Unsupported
 from qhub.events import Events
 from qhub.plugins import Plugins
 from qhub.prove.parity import reference_logits
@@ -182,22 +182,24 @@ def test_the_same_weights_under_other_names_give_the_same_artifact(tmp_path, plu
 
 @BY_METHOD
 def test_a_mixture_with_fused_experts_is_refused_by_name_before_work_begins(request_for, plugins, tmp_path, method):
-    with pytest.raises(Unsupported, match=r"mlp\.experts\.gate_up_proj \[4, 256, 64\]") as error:
+    with pytest.raises(NoRouteError, match=r"experts such as `.*block_sparse_moe\.experts\.0\.w1\.weight` as fused tensors") as error:
         pipeline.plan(request_for(tiny_model("mixtral"), method), plugins)
     assert error.value.exit_code == ExitCode.NO_ROUTE
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mixture_with_fused_experts_is_one_error_on_the_command_line(tmp_path, text):
+@pytest.mark.parametrize("command", ["recommend", "run"])
+def test_a_mixture_with_fused_experts_is_the_same_error_of_recommend_and_run(tmp_path, text, command):
     here = tmp_path / "here"
     here.mkdir()
-    texts = ["--calib", text, "--eval", text]
-    ran = run(["run", tiny_model("mixtral"), "--plugin", "awq", "--scheme", SCHEME, *texts, "--out", "out"], here)
+    model = tiny_model("mixtral")
+    options = ["--plugin", "awq", "--scheme", SCHEME, "--calib", text, "--eval", text, "--out", "out"] if command == "run" else []
+    ran = run([command, model, *options], here)
     assert (ran.code, ran.out) == (3, "")
     assert ran.err == (
-        "error: `MixtralDecoderLayer` holds weights that are not linear layers: mlp.gate.weight [4, 64], "
-        "mlp.experts.gate_up_proj [4, 256, 64], mlp.experts.down_proj [4, 64, 128]\n\n"
-        "hint: qhub quantizes blocks of linear layers; mixtures of experts (fused) and state-space blocks are not among them yet\n"
+        f"error: no route from `{model.name}` to `host`: none: qhub quantizes linear layers, and transformers holds experts such as "
+        "`model.layers.0.block_sparse_moe.experts.0.w1.weight` as fused tensors\n\n"
+        f"hint: `qhub recommend {model} --explain` shows every rejected route; `qhub plugins` what is installed\n"
     )
     assert list(here.iterdir()) == []
 

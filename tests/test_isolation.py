@@ -23,7 +23,7 @@ from qhub.isolation.ask import ask
 from qhub.isolation.conflicts import read_conflicts
 from qhub.isolation.environments import Environment, Lock, data_dir, environment, environments_dir, find_environments, locked_versions
 from qhub.isolation.group import Limits, run_group
-from qhub.isolation.install import CONSTRAINTS, Asked, install, remove, requirements_of
+from qhub.isolation.install import CONSTRAINTS, Asked, install, pins_of, remove, requirements_of
 from qhub.isolation.proxies import home_of
 from qhub.plugins import Plugins, PluginWarning
 from qhub.route.recipe import from_yaml
@@ -231,6 +231,38 @@ def test_torch_is_held_to_the_range_that_is_tested():
 def test_from_a_checkout_core_and_plugin_are_installed_as_they_lie_there():
     assert requirements_of(str(ROOT / "plugins" / "rtn")) == (f"-e {ROOT / 'plugins' / 'rtn'}", f"-e {ROOT}")
     assert requirements_of("qhub-other>=2") == ("qhub-other>=2", f"-e {ROOT}")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "pinned"),
+    [
+        ("qhub-toy", ["numpy==2.1.0", "qhub-toy==1.5", "toy==3.0"]),
+        ("/wheels/qhub_toy-1.5-py3-none-any.whl", ["numpy==2.1.0", "qhub-toy==1.5", "toy==3.0"]),
+        ("-e /checkout/plugins/toy", ["numpy==2.1.0", "toy==3.0"]),
+        ("/mine/qhub-toy", ["numpy==2.1.0", "toy==3.0"]),
+    ],
+    ids=["from the index", "a wheel", "of the checkout", "a folder"],
+)
+def test_a_lock_holds_all_but_what_comes_from_a_folder(plugin, pinned):
+    packages = {"numpy": "2.1.0", "qhub-core": "0.1.0", "qhub-toy": "1.5", "toy": "3.0"}  # `toy` is the tool that the plugin wraps
+    assert pins_of(Lock("3.12.1", "a day", (plugin,), packages), (plugin, "-e /checkout")) == pinned
+
+
+def test_an_installation_from_a_lock_holds_the_installer_to_it(tmp_path, monkeypatch):
+    """Without an index nothing can be had; what the installer is given is there while it is told."""
+    monkeypatch.setenv("QHUB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    given: list[str] = []
+
+    def say(text: str) -> None:
+        if "--constraint" in text:
+            given.append(Path(text.partition("--constraint ")[2].split()[0]).read_text())
+
+    with pytest.raises(PluginError, match="`toy` could not be installed"):
+        install(Asked("toy", "qhub-toy", Lock("3.12.1", "a day", ("qhub-toy",), {"qhub-core": "0.1", "qhub-toy": "1.4"})), say)
+    assert given == ["qhub-toy==1.4\n"]
+    assert find_environments() == []
 
 
 def test_what_cannot_be_installed_leaves_nothing(tmp_path, monkeypatch):

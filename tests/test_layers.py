@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: From the bottom up: a module may import its own layer and those below.
 LAYERS = (
-    ("types", "errors", "events", "weights", "units", "tokens", "spool", "skeleton"),
+    ("types", "errors", "events", "locks", "weights", "units", "tokens", "spool", "skeleton"),
     ("interfaces", "hookspecs", "quantize.qtensor"),
     ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
@@ -22,7 +22,7 @@ LAYERS = (
     ("cli", "__main__"),
 )
 SIBLINGS_ALLOWED = {("prove", "quantize.store"), ("prove", "quantize.layouts.reader")}
-PLUGINS = ("awq", "demo", "gptq", "hf", "rtn")
+PLUGINS = ("awq", "demo", "gptq", "hf", "native", "rtn")
 
 
 def imports_of(file: Path) -> Iterator[str]:

@@ -174,6 +174,7 @@ def test_its_events_tell_stages_and_blocks_in_order(done):
     blocks = [event for event in log if event["event"] == "block" and event["stage"] == "quantize"]
     assert [(event["index"], event["count"], event["name"]) for event in blocks] == [(1, 2, "model.layers.0"), (2, 2, "model.layers.1")]
     assert all(0 < event["error"] < 1 for event in blocks)
+    assert json.loads((plan.out / "report.json").read_text())["block_errors"] == [event["error"] for event in blocks]
 
 
 def test_overrides_reach_the_artifact(plugins, text, tmp_path):

@@ -174,3 +174,5 @@ def test_the_hash_of_a_file_is_what_sha256sum_prints(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"x" * 5_000_000)
     assert file_sha256(path) == hashlib.sha256(b"x" * 5_000_000).hexdigest()
+    path.write_bytes(b"abc")
+    assert file_sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -6,11 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
-from profiles import MODELS, SIX
+from profiles import LLAMA_3_8B, MODELS, SIX
 from toy_components import installed as toys
 
 from qhub import Exporter, NoRouteError, PluginError, Quantizer, Runtime, Scheme, UsageError, hookimpl
 from qhub.plugins import PluginInfo, Plugins
+from qhub.route.answers import fused_experts
 from qhub.route.estimate import weight_bytes
 from qhub.route.recommend import recommend
 from qhub.route.registry import load_registry
@@ -291,6 +292,12 @@ def test_without_any_exporter_the_route_ends_with_the_quantized_model_too():
     assert "(planned, not published yet) would finish it" in route.warnings[0]
 
 
+def test_a_format_that_is_asked_for_and_that_nothing_runs_ends_with_its_artifact():
+    route = first(plugins=installed(Nearest(), Folder(), FolderRuntime(), Apple()), scheme=Scheme.parse("w4a16-g32-asym"), wanted=["apple"])
+    assert (route.exporter, route.runtime, route.missing) == ("apple", None, ())
+    assert route.warnings == ("nothing installed runs `apple` on `host`: the run ends with that artifact, and does not open it",)
+
+
 def test_an_exporter_that_is_asked_for_runs_where_it_can():
     route = first(target=TARGETS["apple-m1"], wanted=["hf"])
     assert (route.exporter, route.runtime, route.missing) == ("hf", "hf", ())
@@ -370,6 +377,18 @@ def test_a_model_that_is_too_large_does_not_fit_and_the_largest_that_would_is_sa
 )
 def test_goals_decide_whether_a_route_fits(goals, fits):
     assert first(goals=goals).fits == fits
+
+
+# transformers decides how experts are held, unless a model's own code does; shared experts are linear layers like others.
+@pytest.mark.parametrize(
+    ("name", "own_code", "refused"),
+    [("experts.0.up", False, True), ("experts.0.up", True, False), ("shared_expert.up", False, False)],
+    ids=["routed experts", "by its own code", "shared experts only"],
+)
+def test_a_mixture_is_refused_where_transformers_fuses_its_experts(name, own_code, refused):
+    layer = LayerShape(f"model.layers.0.mlp.{name}.weight", "expert", (64, 128), "bf16", 2 * 64 * 128, 0)
+    model = replace(LLAMA_3_8B, layers=(*LLAMA_3_8B.layers, layer), own_code=own_code)
+    assert (fused_experts(model) is not None) == refused
 
 
 def test_what_is_already_quantized_is_refused():

@@ -12,6 +12,7 @@ import sys
 import zipfile
 from datetime import date
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -19,7 +20,7 @@ from qhub.errors import QhubError, UsageError
 from qhub.plugins import Plugins
 from qhub.route.registry import Condition, IndexEntry, find_target, load_registry
 from qhub.route.usercache import cache_path
-from qhub.types import Scheme, Target
+from qhub.types import Scheme, Target, Task
 
 ROOT = Path(__file__).parent.parent
 #: Devices that people ask for; another plugin, a test or a run may name any of them.
@@ -36,6 +37,11 @@ ACCELERATORS = (
     "cuda-", "metal", "ane", "gpu-intel", "gpu-amd", "gpu-mobile", "npu-intel", "npu-xdna", "hexagon-v", "tpu-v", "edgetpu", "ethos-u",
 )  # fmt: skip
 REGISTRY = load_registry()
+
+
+def targets_of(entry: IndexEntry) -> tuple[str, ...]:
+    """The devices for which `entry` finishes routes for some task."""
+    return tuple(name for name, target in REGISTRY.targets.items() if any(entry.finishes_target(target, task) for task in get_args(Task)))
 
 
 def toy_target(name="toy", **facts):
@@ -124,7 +130,8 @@ def test_every_known_plugin_says_what_it_offers(name):
     assert entry.summary
     assert set(entry.kinds) <= {"quantizer", "exporter", "runtime", "models"}
     assert bool(entry.families) == ("quantizer" in entry.kinds) == bool(entry.schemes)
-    assert bool(entry.formats) == ("exporter" in entry.kinds)
+    assert entry.formats or "exporter" not in entry.kinds
+    assert not entry.formats or {"exporter", "runtime"} & set(entry.kinds)
     for scheme in entry.schemes:
         assert str(Scheme.parse(scheme)) == scheme
 
@@ -137,7 +144,7 @@ def test_an_archived_tool_says_what_replaces_it_and_is_never_offered(tool, inste
     entry = REGISTRY.index[tool]
     assert (entry.status, entry.replaced_by) == ("archived", instead)
     assert not entry.is_offered
-    assert REGISTRY.targets_of(entry) == ()
+    assert targets_of(entry) == ()
 
 
 @pytest.mark.parametrize("name", [name for name, entry in REGISTRY.index.items() if entry.status != "active" or entry.available == "none"])
@@ -304,9 +311,9 @@ def test_the_best_place_of_the_conditions_that_hold_counts():
 
 
 def test_an_index_entry_knows_the_devices_it_is_for():
-    assert REGISTRY.targets_of(REGISTRY.index["mlx"]) == ("apple-m1", "apple-m2", "apple-m3", "apple-m4", "ios")
-    assert "cortex-m4" in REGISTRY.targets_of(REGISTRY.index["tflite"])
-    assert REGISTRY.targets_of(REGISTRY.index["awq"]) == (), "a quantizer works for every device and finishes nothing"
+    assert targets_of(REGISTRY.index["mlx"]) == ("apple-m1", "apple-m2", "apple-m3", "apple-m4", "ios")
+    assert "cortex-m4" in targets_of(REGISTRY.index["tflite"])
+    assert targets_of(REGISTRY.index["awq"]) == (), "a quantizer works for every device and finishes nothing"
 
 
 def test_the_parsed_registry_is_kept_and_used(monkeypatch, tmp_path):

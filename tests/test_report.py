@@ -43,6 +43,7 @@ REPORT = Report(
     artifacts=(ArtifactResult("compressed-tensors", "quantized", 2_000_000, "f00", Parity(True, 1.5e-6, True, "logits of 64 tokens")),),
     stages=(StageResult("quantize", 12.3, 300_000_000),),
     bytes_by_class={"scales": 200_000, "codes": 1_800_000},
+    block_errors=(0.01, 0.02),
     fallbacks=(Fallback("layers.0.mlp", "its Hessian is zero"),),
     warnings=("little data",),
     checked=("codes read back identical",),

@@ -140,6 +140,12 @@ def test_a_plugin_that_fails_is_named_with_what_it_said(run_dir, failing):
     assert not run_dir.quantized.exists()
 
 
+def test_a_plugin_that_misses_the_network_is_named_too(run_dir, failing):
+    with pytest.raises(PluginError) as error:
+        stage.execute("quantize", run_dir, failing("import socket; raise socket.gaierror(-2, 'Name or service not known')"), Events())
+    assert error.value.message == "stage `quantize` failed in `rtn`: gaierror: [Errno -2] Name or service not known"
+
+
 def test_with_a_traceback_asked_for_its_error_passes_as_it_is(run_dir, failing, monkeypatch):
     monkeypatch.setenv("QHUB_TRACEBACK", "1")
     with pytest.raises(ValueError, match="bad day"):

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import tiny_model, write_tokenizer
 
 from qhub.errors import QhubError, UsageError
-from qhub.tokens import documents, file_sha256, load_tokenizer, read_windows
+from qhub.tokens import documents, load_tokenizer, read_windows
 
 TEXT = "".join(chr(33 + (index * 7) % 90) for index in range(2000))
 
@@ -170,7 +170,3 @@ def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(QhubError, match="has no usable tokenizer"):
         load_tokenizer(tmp_path)
-
-
-def test_the_digest_of_a_file_is_its_sha256(text_file):
-    assert file_sha256(text_file("abc")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

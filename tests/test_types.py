@@ -103,6 +103,15 @@ def test_linears_are_the_matrices_inside_the_blocks():
     assert [layer.name for layer in profile.linears()] == ["linear", "expert"]
 
 
+@pytest.mark.parametrize(
+    ("tied", "counted"), [(False, ["embedding", "norm", "head"]), (True, ["embedding", "norm"])], ids=["own head", "tied"]
+)
+def test_a_tied_head_counts_once(tied, counted):
+    layers = tuple(LayerShape(kind, kind, (8, 8), "BF16", 128) for kind in ("embedding", "norm", "head"))
+    profile = ModelProfile("m", "/m", "llm", "Llama", 10, "BF16", 20, layers, tied_embeddings=tied)
+    assert [layer.name for layer in profile.weights()] == counted
+
+
 def test_any_value_becomes_json():
     route = Route("host", "rtn", "weight-only", "w4a16-g128-asym", "rtn", None, None, path=(Step("a", "A?", "yes"),))
     target = Target("t", "T", "linux", "x86_64", isa=("avx2",), bandwidth_bytes_per_s=Fact(1e10, "measured"))

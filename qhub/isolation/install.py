@@ -12,7 +12,7 @@ import re
 import shutil
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ from qhub.errors import PluginError, UsageError
 from qhub.isolation.ask import ask, last_words
 from qhub.isolation.environments import DECLARATIONS, LOCK, MARKER, Environment, Lock, environment, find_environments
 from qhub.isolation.group import run_group
+from qhub.locks import hold
 
 CONSTRAINTS = ("torch>=2.6,<2.14",)
 _CONSTRAINTS_FILE, _LOG = "constraints.txt", "install.log"
@@ -52,6 +53,9 @@ def install(asked: Asked, say: Say) -> Environment:
         requirements = requirements_of(asked.requirement)
         _run_installer(made, [*_installer(python), *_arguments(made, asked, requirements)], say)
         record(made, requirements)
+        if asked.lock is not None:
+            changed = sorted({name for name, _ in made.lock.packages.items() ^ asked.lock.packages.items()})
+            say(f"not as in the lock file: {', '.join(changed)}" if changed else "every version is that of the lock file")
     return made
 
 
@@ -117,23 +121,15 @@ def _growing(made: Environment, say: Say) -> Iterator[Path]:
             raise
 
 
-@contextmanager
-def _held(made: Environment) -> Iterator[None]:
+def _held(made: Environment) -> ExitStack:
     """Hold the environment for this process where the system can.
 
     :raises UsageError: when another one is working on it.
     """
     try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        yield
-        return
-    with (made.folder.parent / f".{made.name}.lock").open("w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another process is installing or removing `{made.name}`", hint="wait until it ends") from None
-        yield
+        return hold(made.folder.parent / f".{made.name}.lock", make=True)
+    except BlockingIOError:
+        raise UsageError(f"another process is installing or removing `{made.name}`", hint="wait until it ends") from None
 
 
 def _remove(there: Environment) -> None:
@@ -156,7 +152,7 @@ def _arguments(made: Environment, asked: Asked, requirements: Sequence[str]) -> 
     """Arguments of the installer: versions of the lock as they are, else what was asked under our constraints."""
     words = [word for requirement in requirements for word in as_words(requirement)]
     constraints = made.folder / _CONSTRAINTS_FILE
-    pins = CONSTRAINTS if asked.lock is None else _pins(asked.lock.packages, requirements)
+    pins = CONSTRAINTS if asked.lock is None else pins_of(asked.lock, requirements)
     constraints.write_text("\n".join(pins) + "\n", encoding="utf-8")
     return ["--constraint", str(constraints), *words]
 
@@ -166,11 +162,11 @@ def as_words(requirement: str) -> list[str]:
     return ["-e", requirement[3:]] if requirement.startswith("-e ") else [requirement]
 
 
-def _pins(packages: Mapping[str, str], requirements: Sequence[str]) -> list[str]:
-    """`name==version` for all but what is installed from a folder."""
+def pins_of(lock: Lock, requirements: Sequence[str]) -> list[str]:
+    """`name==version` for all that `lock` holds but the core and the plugin where it comes from a folder: that is as it lies there."""
     folders = {Path(requirement.removeprefix("-e ")).name for requirement in requirements if "/" in requirement}
-    ours = {"qhub-core", *(f"qhub-{name}" for name in folders), *(f"{name}" for name in folders)}
-    return [f"{name}=={version}" for name, version in packages.items() if name.lower() not in ours]
+    ours = {"qhub-core", *(f"qhub-{name.removeprefix('qhub-')}" for name in folders)}
+    return [f"{name}=={version}" for name, version in lock.packages.items() if name.lower() not in ours]
 
 
 def _run_installer(made: Environment, command: Sequence[str], say: Say) -> None:

@@ -26,7 +26,7 @@ from qhub.weights import WeightFiles
 def assemble(
     recipe: Recipe, recipe_digest: str, quantized: Path, found: Mapping[str, Any], events: Sequence[Mapping[str, Any]], host: str
 ) -> Report:
-    """The report of a run; `found` has what the stages export, verify and evaluate wrote, and what was expected."""
+    """The report of a run; `found` has what the stages before wrote beside their results, and what was expected."""
     weights = QuantizedWeights(quantized)
     measured = found["evaluation"]
     drop = drop_pct(measured["float"]["accuracy"], measured["quantized"]["accuracy"])
@@ -52,6 +52,7 @@ def assemble(
         artifacts=artifacts,
         stages=stages,
         bytes_by_class=weights.bytes_by_class(),
+        block_errors=tuple(found["block_errors"]),
         fallbacks=tuple(Fallback(layer, reason) for layer, reason in sorted(weights.metadata["notes"].items())),
         warnings=tuple(dict.fromkeys(str(event["text"]) for event in events if event["event"] == "warning")),
         checked=_checked(recipe, artifacts),

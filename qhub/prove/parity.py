@@ -58,18 +58,15 @@ def codes_identical(quantized: Path, artifact: Path) -> bool | None:
     """Whether all codes, scales and zeros in the artifact equal the QuantizedModel's; None for formats that are read elsewhere."""
     if not (artifact / "config.json").exists():
         return None
-    ours = QuantizedWeights(quantized)
+    ours = open_packed(quantized)
     try:
         theirs = open_packed(artifact)
     except DamagedModelError:
         return False
     except QhubError:
         return None
-    return ours.schemes.keys() == theirs.layers.keys() and all(_same_layer(ours, theirs, name) for name in ours.schemes)
+    return ours.layers.keys() == theirs.layers.keys() and all(_same_layer(ours, theirs, name) for name in ours.layers)
 
 
-def _same_layer(ours: QuantizedWeights, theirs: PackedWeights, name: str) -> bool:
-    one, other = ours.layer(name), theirs.layer(name)
-    pairs = ((one.codes, other.codes), (one.scale, other.scale), (one.zero, other.zero))
-    same_scheme = theirs.layers[name].scheme == ours.schemes[name]
-    return same_scheme and other.groups is None and all(torch.equal(left, right) for left, right in pairs)
+def _same_layer(ours: PackedWeights, theirs: PackedWeights, name: str) -> bool:
+    return ours.layers[name].scheme == theirs.layers[name].scheme and ours.layer(name).equals(theirs.layer(name))

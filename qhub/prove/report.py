@@ -127,6 +127,7 @@ class Report:
     stages: tuple[StageResult, ...] = ()
     tuning: tuple[Mapping[str, Any], ...] = ()
     bytes_by_class: Mapping[str, int] = field(default_factory=dict)
+    block_errors: tuple[float, ...] = ()  # relative squared output error after each block; its last digits follow the number of threads
     fallbacks: tuple[Fallback, ...] = ()
     warnings: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()

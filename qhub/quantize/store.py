@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,24 @@ def _stored_zero(tensor: QTensor, *, transposed: bool, plain: bool) -> torch.Ten
     return pack(tensor.zero.to(torch.uint8).t().contiguous(), tensor.bits).t().contiguous()
 
 
+def read_layer(read: Callable[[str], torch.Tensor], name: str, scheme: Scheme, *, transposed: bool = False) -> QTensor:
+    """Layer `name` from the tensors that `layer_tensors` made of it: `read` returns a stored one by its name."""
+    bits = scheme.weight_bits
+    rows, columns = read(f"{name}.weight_shape").tolist()
+    codes = unpack(read(f"{name}.weight_packed"), bits, columns)
+    scale = read(f"{name}.weight_scale").float()
+    zero = torch.full_like(scale, 2.0 ** (bits - 1)) if scheme.symmetric else _zero(read(f"{name}.weight_zero_point"), bits, rows)
+    if transposed:
+        codes, scale, zero = (part.t().contiguous() for part in (codes, scale, zero))
+    return QTensor(codes, scale, zero, bits, scheme.symmetric)
+
+
+def _zero(stored: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
+    if stored.dtype == torch.int8:
+        return stored.float() + (1 << (bits - 1))
+    return unpack(stored.t().contiguous(), bits, rows).t().float().contiguous()
+
+
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one safetensors file beside `path` and rename it into place, synced to disk."""
     from safetensors.torch import save_file
@@ -114,12 +132,18 @@ def shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def finish(folder: Path, source: Path, schemes: Mapping[str, Scheme], ignored: list[str], metadata: Mapping[str, Any]) -> None:
-    """Write index, config and metadata once all shards are in `folder`, and copy the tokenizer from `source`."""
+def write_index(folder: Path) -> WeightFiles:
+    """Write the index of all shards in `folder`; returns what they hold."""
     files = WeightFiles.open_shards(folder, sorted(path.name for path in folder.glob("model-*.safetensors")))
     weight_map = {name: info.file.name for name, info in files.items()}
     total = sum(info.bytes for info in files.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return files
+
+
+def finish(folder: Path, source: Path, schemes: Mapping[str, Scheme], ignored: list[str], metadata: Mapping[str, Any]) -> None:
+    """Write index, config and metadata once all shards are in `folder`, and copy the tokenizer from `source`."""
+    files = write_index(folder)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     placements = _placements(files, schemes, metadata)
     config["quantization_config"] = quantization_config(schemes, ignored, placements, expand=bool(metadata.get("subclassed")))
@@ -229,21 +253,7 @@ class QuantizedWeights:
 
     def layer(self, name: str) -> QTensor:
         """The QTensor of layer `name`, read back from its packed form."""
-        bits, symmetric = self.schemes[name].weight_bits, self.schemes[name].symmetric
-        turned = name in self.transposed
-        rows, columns = read_tensor(self.files, f"{name}.weight_shape").tolist()
-        codes = unpack(read_tensor(self.files, f"{name}.weight_packed"), bits, columns)
-        scale = read_tensor(self.files, f"{name}.weight_scale").float()
-        zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else self._zero(name, bits, rows)
-        if turned:
-            codes, scale, zero = codes.t().contiguous(), scale.t().contiguous(), zero.t().contiguous()
-        return QTensor(codes, scale, zero, bits, symmetric)
-
-    def _zero(self, name: str, bits: int, rows: int) -> torch.Tensor:
-        stored = read_tensor(self.files, f"{name}.weight_zero_point")
-        if stored.dtype == torch.int8:
-            return stored.float() + (1 << (bits - 1))
-        return unpack(stored.t().contiguous(), bits, rows).t().float().contiguous()
+        return read_layer(lambda part: read_tensor(self.files, part), name, self.schemes[name], transposed=name in self.transposed)
 
     def bytes_by_class(self) -> dict[str, int]:
         """Stored bytes of codes, scales and zeros, embeddings and head, and of what else stays float."""

@@ -207,3 +207,14 @@ def int8_family(profile: ModelProfile, target: Target) -> Place:
         return "static"
     answer = possible_int8(Situation(profile, Goals(), target))[0]
     return "dynamic" if answer == "dynamic" else "static"
+
+
+def fused_experts(profile: ModelProfile) -> str | None:
+    """Why a mixture of experts cannot be walked: transformers holds the routed experts of a block as one tensor.
+
+    None for other models, and for those whose own code decides that.
+    """
+    routed = next((layer for layer in profile.layers if layer.kind == "expert" and "shared" not in layer.name), None)
+    if routed is None or profile.own_code:
+        return None
+    return f"qhub quantizes linear layers, and transformers holds experts such as `{routed.name}` as fused tensors"

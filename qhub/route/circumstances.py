@@ -6,11 +6,10 @@ import contextlib
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 
 from qhub.errors import PluginError
 from qhub.isolation.environments import locked_versions
-from qhub.plugins import Plugins
+from qhub.plugins import Plugins, installed_version
 from qhub.route.host import cpu_model, detect
 from qhub.types import Difference, Recipe
 
@@ -26,13 +25,9 @@ def installed(plugins: Iterable[str]) -> dict[str, str]:
 def versions(distributions: Iterable[str]) -> dict[str, str]:
     """The version of each distribution that is installed here, or as `ENVIRONMENT/NAME` in an environment, and Python's; imports none."""
     names = dict.fromkeys(distributions)
-    found = {"python": platform.python_version(), **locked_versions(name for name in names if "/" in name)}
-    for name in (name for name in names if "/" not in name):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    apart, here = locked_versions(name for name in names if "/" in name), (name for name in names if "/" not in name)
+    there = {name: version for name in here if (version := installed_version(name)) is not None}
+    return {"python": platform.python_version(), **apart, **there}
 
 
 def distributions(names: Iterable[str | None], plugins: Plugins) -> tuple[str, ...]:

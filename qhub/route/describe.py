@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from qhub.interfaces import Exporter
 from qhub.route.accuracy import SMALL_MODEL_GROUP, SMALL_MODEL_PARAMETERS
 from qhub.route.estimate import (
     OVERHEAD_SHARE,
     RUNTIME_BYTES,
     is_quantized,
     largest_fitting_parameters,
-    layer_bytes,
     milliseconds,
+    outer_bytes,
     weight_bytes,
 )
 from qhub.route.registry import IndexEntry
@@ -52,10 +53,7 @@ def scheme_reasons(search: Search, scheme: Scheme) -> Iterator[str]:
 
 
 def _rest(profile: ModelProfile, scheme: Scheme) -> Iterator[str]:
-    total = weight_bytes(profile, scheme)
-    rest = sum(layer_bytes(layer, scheme) for layer in profile.layers if layer.kind in ("embedding", "head"))
-    if profile.tied_embeddings:
-        rest -= sum(layer_bytes(layer, scheme) for layer in profile.layers if layer.kind == "head")
+    total, rest = weight_bytes(profile, scheme), outer_bytes(profile, scheme)
     if rest > _LARGE_REST * total and profile.parameters <= SMALL_MODEL_PARAMETERS:
         sizes = f"{human_bytes(rest)} of {human_bytes(total)}"
         yield f"embeddings and head stay at 16 bits: {sizes}; formats with an 8-bit head (GGUF) save half of it"
@@ -99,8 +97,11 @@ def _above_goal(search: Search, scheme: Scheme, expected: Estimates) -> Iterator
     yield f"{text}; if it is missed: {LADDER}" if scheme.is_weight_only else text
 
 
-def ends_early(search: Search, target: Target) -> Iterator[str]:
-    """That nothing installed runs the result there, and what would."""
+def ends_early(search: Search, target: Target, exporter: Exporter | None = None) -> Iterator[str]:
+    """That nothing installed runs the result there, and what would; or that it ends with the artifact that was asked for."""
+    if exporter is not None and exporter.name in search.wanted.exporters:
+        yield f"nothing installed runs `{exporter.format}` on `{target.name}`: the run ends with that artifact, and does not open it"
+        return
     finishers = search.registry.finishers(target, search.profile.task)
     who = named(finishers) if finishers else "no known plugin"
     yield f"nothing installed runs this on `{target.name}`: the run ends with the QuantizedModel; {who} would finish it"
@@ -127,9 +128,8 @@ def _with_less(profile: ModelProfile, scheme: Scheme, target: Target) -> Iterato
     """Whether it fits with what some formats do: embeddings and head at 8 bits, and half the context."""
     if profile.task != "llm" or target.usable_memory_bytes is None:
         return
-    rest = sum(layer_bytes(layer, scheme) for layer in profile.layers if layer.kind in ("embedding", "head"))
     cache = LESS_CONTEXT * (profile.kv_bytes_per_token or 0)
-    need = (weight_bytes(profile, scheme) - rest / 2 + cache) * (1 + OVERHEAD_SHARE) + RUNTIME_BYTES
+    need = (weight_bytes(profile, scheme) - outer_bytes(profile, scheme) / 2 + cache) * (1 + OVERHEAD_SHARE) + RUNTIME_BYTES
     if need <= target.usable_memory_bytes:
         how = f"with embeddings and head at 8 bits, as GGUF has them, and {LESS_CONTEXT} tokens of context"
         yield f"{how} it needs {human_bytes(need)}, which fits"

@@ -31,7 +31,7 @@ WIDE_BYTES_PER_S = 300e9
 HBM_BYTES_PER_S = 1900e9
 #: CPUs with at least this many cores are servers.
 SERVER_CORES = 24
-FULL_INT8_CUDA, DOT_CUDA, NO_FP16_CUDA = 7.5, 6.1, 5.3
+FULL_INT8_CUDA, NO_FP16_CUDA = 7.5, 5.3
 
 
 def kind_of(target: Target) -> Kind:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
@@ -35,13 +35,6 @@ def _together(layers: Sequence[LayerShape]) -> LayerShape:
     return replace(first, shape=(rows, *first.shape[1:]), bytes=sum(layer.bytes for layer in layers))
 
 
-def weights(profile: ModelProfile) -> Iterator[LayerShape]:
-    """Every weight that counts: a head that is tied to the embedding counts once."""
-    for layer in profile.layers:
-        if not (profile.tied_embeddings and layer.kind == "head"):
-            yield layer
-
-
 def is_quantized(layer: LayerShape, scheme: Scheme) -> bool:
     """Whether `scheme` stores this weight in fewer bits; the others stay at 16."""
     if scheme.is_float or len(layer.shape) < 2:
@@ -64,7 +57,12 @@ def weight_bytes(profile: ModelProfile, scheme: Scheme) -> int:
     if not profile.layers:
         return round(profile.parameters * scheme.bits_per_weight / 8)
     scheme = _as_stored(profile, scheme)
-    return round(sum(layer_bytes(layer, scheme) for layer in weights(profile)))
+    return round(sum(layer_bytes(layer, scheme) for layer in profile.weights()))
+
+
+def outer_bytes(profile: ModelProfile, scheme: Scheme) -> float:
+    """Bytes of embedding and head under `scheme`; tied ones count once."""
+    return sum(layer_bytes(layer, scheme) for layer in profile.weights() if layer.kind in ("embedding", "head"))
 
 
 def _as_stored(profile: ModelProfile, scheme: Scheme) -> Scheme:
@@ -78,7 +76,7 @@ def read_bytes_per_token(profile: ModelProfile, scheme: Scheme) -> int:
     if not profile.layers:
         return round(total + weight_bytes(profile, scheme))
     scheme = _as_stored(profile, scheme)
-    for layer in weights(profile):
+    for layer in profile.weights():
         if layer.kind != "embedding" or profile.tied_embeddings:
             total += layer_bytes(layer, scheme) * expert_share(profile, layer.name, layer.kind)
     return round(total)

@@ -31,13 +31,14 @@ def left_out(profile: ModelProfile, goals: Goals, target: Target, routes: Iterab
 
 def absent(target: Target, profile: ModelProfile, registry: Registry, plugins: Plugins) -> Iterator[Rejected]:
     """Known plugins that would finish a route if they were installed, and tools that no route uses."""
+    installed = {*plugins.exporters, *plugins.runtimes}
     for entry in registry.index.values():
         name = f"{target.name}: {entry.name}"
         if not entry.is_offered:
             if profile.task == "llm" or not entry.families:
                 why = f"archived ({entry.status_source})" if entry.status == "archived" else "not a plugin"
-                yield Rejected(name, f"{why}: `{entry.replaced_by}` takes its place" if entry.replaced_by else why)
-        elif entry.formats and entry.name not in plugins.exporters and entry.finishes_target(target, profile.task):
+                yield Rejected(name, why + entry.instead)
+        elif entry.formats and entry.name not in installed and entry.finishes_target(target, profile.task):
             yield Rejected(name, entry.obstacle)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,15 +126,14 @@ def assemble(model: ModelSource, config: Mapping[str, Any], tensors: Mapping[str
     task, quantization = task_of(config, model.path), quantization_of(config)
     if quantization is None and tensors:
         _check_shapes(model.path, text, layers, task)
-    tied = task == "llm" and is_tied(config, text, layers)
     # without weights, the bytes that another method stores them in are unknown
     complete = bool(tensors) and (file_format != "config" or quantization is None)
-    return ModelProfile(
+    found = ModelProfile(
         source=model.name,
         path=str(model.path),
         task=task,
         architecture=architecture_of(config),
-        parameters=sum(prod(layer.shape) for layer in layers if not (tied and layer.kind == "head")),
+        parameters=0,
         dtype=main_dtype(layers) if complete else "unknown",
         weight_bytes=sum(info.bytes for info in (tensors or {}).values()) if complete else 0,
         layers=layers,
@@ -143,13 +143,15 @@ def assemble(model: ModelSource, config: Mapping[str, Any], tensors: Mapping[str
         vocabulary=whole(text.get("vocab_size")),
         context_length=number(text, "context"),
         has_tokenizer=any((model.path / name).exists() for name in _TOKENIZERS),
-        tied_embeddings=tied,
+        tied_embeddings=task == "llm" and is_tied(config, text, layers),
         quantization=quantization,
+        own_code="auto_map" in config,
         experts=experts_of(text),
         experts_per_token=whole(text.get("num_experts_per_tok")),
         format=file_format,
         complete=complete,
     )
+    return replace(found, parameters=sum(prod(layer.shape) for layer in found.weights()))
 
 
 def _check_shapes(folder: Path, config: Mapping[str, Any], layers: Iterable[LayerShape], task: Task) -> None:

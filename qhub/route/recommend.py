@@ -9,7 +9,7 @@ from qhub.errors import NoRouteError
 from qhub.plugins import Plugins
 from qhub.route import describe
 from qhub.route.accuracy import expected_drop
-from qhub.route.answers import int8_family
+from qhub.route.answers import fused_experts, int8_family
 from qhub.route.describe import named as named
 from qhub.route.device import int8_of
 from qhub.route.estimate import estimate, unmet
@@ -95,9 +95,9 @@ def _no_route(search: Search, targets: Sequence[Target], rejected: Sequence[Reje
 
 
 def _routes(search: Search, target: Target, rejected: list[Rejected]) -> Iterator[_Ranked]:
-    walked = walk(search.merged, search.goals, target)
-    if walked.family is None:
-        rejected.append(Rejected(f"{target.name}: none", walked.reasons[-2]))
+    walked, fused = walk(search.merged, search.goals, target), fused_experts(search.profile)
+    if walked.family is None or fused is not None:
+        rejected.append(Rejected(f"{target.name}: none", fused or walked.reasons[-2]))
         return
     for choice in _choices(search, target, walked):
         yield from _of_choice(search, choice, rejected)
@@ -238,7 +238,7 @@ def _route(search: Search, choice: _Choice, pair: _Pair, scheme: Scheme) -> Rout
         warnings=(
             *choice.warnings,
             *describe.warnings(search, target, scheme, expected),
-            *(describe.ends_early(search, target) if not way.finished else ()),
+            *(describe.ends_early(search, target, way.exporter) if not way.finished else ()),
             *describe.does_not_fit(search.merged, scheme, target, broken),
         ),
         missing=tuple(dict.fromkeys((*not_importable(method), *way.missing))),

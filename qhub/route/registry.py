@@ -7,12 +7,12 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from qhub import __version__
 from qhub.errors import QhubError, UsageError
 from qhub.route.usercache import read_cache, write_cache
-from qhub.types import Fact, Family, Target, Task
+from qhub.types import Fact, Family, Target
 
 if TYPE_CHECKING:
     from qhub.plugins import Plugins
@@ -97,11 +97,15 @@ class IndexEntry:
         return self.status != "archived" and self.available != "none"
 
     @property
+    def instead(self) -> str:
+        """The end of a sentence that says why not: what to use in its place, if there is something."""
+        return f": `{self.replaced_by}` takes its place" if self.replaced_by else ""
+
+    @property
     def obstacle(self) -> str:
         """What stands between a plugin that is not installed and this machine."""
         if not self.is_offered:
-            why = "archived" if self.status == "archived" else "not a plugin of qhub"
-            return f"{why}: `{self.replaced_by}` takes its place" if self.replaced_by else why
+            return ("archived" if self.status == "archived" else "not a plugin of qhub") + self.instead
         if self.is_planned:
             return "planned, not published yet"
         return f"not installed: `{f'qhub plugins install {self.name} --isolated' if self.isolated else f'pip install {self.distribution}'}`"
@@ -125,11 +129,6 @@ class Registry:
     def aliases_of(self, name: str) -> tuple[str, ...]:
         """Other words for the device `name`."""
         return tuple(alias for alias, meant in self.aliases.items() if meant == name)
-
-    def targets_of(self, entry: IndexEntry) -> tuple[str, ...]:
-        """The devices for which `entry` finishes routes for some task."""
-        tasks = get_args(Task)
-        return tuple(name for name, target in self.targets.items() if any(entry.finishes_target(target, task) for task in tasks))
 
 
 def load_registry(path: Path | None = None) -> Registry:

@@ -81,10 +81,8 @@ def memory(model: ModelProfile, context: int) -> list[Memory]:
 
 
 def _weight_bytes(model: ModelProfile, precision: str) -> int:
-    """A head that is tied to the embedding counts once."""
     rest = "fp32" if precision == "fp32" else "fp16"
-    layers = (layer for layer in model.layers if not (model.tied_embeddings and layer.kind == "head"))
-    return sum(bytes_at(layer, precision if layer.kind in _QUANTIZED_KINDS else rest) for layer in layers)
+    return sum(bytes_at(layer, precision if layer.kind in _QUANTIZED_KINDS else rest) for layer in model.weights())
 
 
 def matrices(model: ModelProfile) -> list[tuple[str, tuple[int, ...], int]]:

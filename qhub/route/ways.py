@@ -173,7 +173,7 @@ def ways(search: Search, target: Target) -> tuple[list[Way], list[Rejected]]:
     order = list(search.registry.index)
     found.sort(key=lambda way: order.index(way.name) if way.name in order else len(order))
     exporter_only = found[0].exporter if found else None
-    missing = [entry.distribution for entry in finishers]
+    missing = [] if search.wanted.exporters else [entry.distribution for entry in finishers]
     needs = _not_importable(exporter_only) if exporter_only else ()
     return [Way(exporter_only, missing=(*needs, *(name for name in missing if name not in needs)))], rejected
 

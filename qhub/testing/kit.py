@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qhub.route.registry import load_registry
 from qhub.testing.probe import RESULTS, Job
 from qhub.testing.result import ABOUT, FAIL, PASS, SKIP, Check
 from qhub.testing.subject import Subject
@@ -29,6 +30,7 @@ _GUARDED = ("no-network", "no-stray-files", "no-output")
 
 def run_checks(subject: Subject) -> list[Check]:
     """All checks of a plugin, in the order of `ABOUT`; nothing raises, what is wrong is in them."""
+    load_registry()  # keeps what it read in the user's cache: the core's doing, which no check may take for the plugin's
     with tempfile.TemporaryDirectory(prefix="qhub-check-") as folder:
         checks = list(_Kit(subject, Path(folder)).checks())
     order = list(ABOUT)

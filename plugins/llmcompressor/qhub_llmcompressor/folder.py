@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from qhub import PluginError, QTensor, unpack
+from qhub import PluginError, QTensor, Scheme, read_layer
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
@@ -49,16 +49,7 @@ class CompressedFolder:
         if f"{name}.weight_packed" not in self._files or f"{name}.weight_g_idx" in self._files:
             message = f"llm-compressor left `{name}` float, or ordered its columns"
             raise PluginError(message, hint="keep such layers float: `--override 'PATTERN=float'`")
-        rows, columns = (int(size) for size in self.tensor(f"{name}.weight_shape"))
-        packed, scale = self.tensor(f"{name}.weight_packed"), self.tensor(f"{name}.weight_scale").float()
-        bits = packed.shape[1] * 32 // columns  # exact for 32 columns and more
-        codes = unpack(packed, bits, columns)
+        words = self.tensor(f"{name}.weight_packed").shape[1]
+        bits = words * 32 // int(self.tensor(f"{name}.weight_shape")[1])  # exact for 32 columns and more
         symmetric = f"{name}.weight_zero_point" not in self._files
-        zero = torch.full_like(scale, 2.0 ** (bits - 1)) if symmetric else self._zero(name, bits, rows)
-        return QTensor(codes, scale, zero, bits, symmetric)
-
-    def _zero(self, name: str, bits: int, rows: int) -> torch.Tensor:
-        stored = self.tensor(f"{name}.weight_zero_point")
-        if stored.dtype == torch.int8:
-            return stored.float() + (1 << (bits - 1))
-        return unpack(stored.t().contiguous(), bits, rows).t().float().contiguous()
+        return read_layer(self.tensor, name, Scheme(bits, 16, None, symmetric))

@@ -7,7 +7,7 @@
 namespace qhub {
 namespace {
 
-constexpr size_t kChunkTokens = 512;  // activations of so many tokens are in memory at a time
+constexpr size_t kActivationBytes = size_t{16} << 20;  // of the tokens that go through together
 constexpr size_t kRowsAtOnce = 8;     // rows of a chunk of element-wise work
 constexpr size_t kQueryRows = 32;     // rows of queries that walk over the keys together
 
@@ -17,18 +17,20 @@ size_t rounded(size_t capacity) { return tiles(capacity, kScoreBlock) * kScoreBl
 
 }  // namespace
 
-Sequence::Sequence(size_t layers, const Architecture& shape, size_t capacity, bool wide)
-    : layers_(layers), kv_heads_(shape.kv_heads), size_(shape.dim), capacity_(capacity), wide_(wide),
-      keys_(bytes_for(rounded(capacity)), Pages::small), values_(bytes_for(rounded(capacity)), Pages::small) {}
+Sequence::Sequence(size_t layers, const Architecture& shape, size_t capacity, Kept kept)
+    : layers_(layers), kv_heads_(shape.kv_heads), size_(shape.dim), capacity_(capacity), kept_(kept),
+      keys_(bytes_for(rounded(capacity)), Pages::small), values_(bytes_for(rounded(capacity)), Pages::small),
+      scales_(kept == Kept::i8 ? 2 * layers * shape.kv_heads * rounded(capacity) * sizeof(float) : 0, Pages::small) {}
 
-size_t Sequence::bytes_for(size_t positions) const { return layers_ * kv_heads_ * positions * cache_dim(size_) * (wide_ ? 4 : 2); }
+size_t Sequence::bytes_for(size_t positions) const { return layers_ * kv_heads_ * positions * cache_dim(size_) * kept_bytes(kept_); }
 
 Cache Sequence::cache(size_t layer, size_t head) const {
-  const size_t dim = cache_dim(size_), offset = (layer * kv_heads_ + head) * rounded(capacity_) * dim * (wide_ ? 4 : 2);
-  return {keys_.data() + offset, values_.data() + offset, wide_, size_, dim};
+  const size_t dim = cache_dim(size_), first = (layer * kv_heads_ + head) * rounded(capacity_), offset = first * dim * kept_bytes(kept_);
+  float* scale = kept_ == Kept::i8 ? scales_.as<float>() + 2 * first : nullptr;
+  return {keys_.data() + offset, values_.data() + offset, scale, scale ? scale + rounded(capacity_) : nullptr, kept_, size_, dim};
 }
 
-size_t Sequence::bytes_used() const { return 2 * bytes_for(tiles(length_, kKeyBlock) * kKeyBlock); }
+size_t Sequence::bytes_used() const { return 2 * bytes_for(tiles(length_, kKeyBlock) * kKeyBlock) + (kept_ == Kept::i8 ? 2 * layers_ * kv_heads_ * length_ * sizeof(float) : 0); }
 
 Decoder::Decoder(Architecture shape, std::vector<Rope> tables, Engine with) : architecture(shape), ropes(std::move(tables)), engine(with) {}
 
@@ -45,22 +47,29 @@ void Decoder::for_rows(size_t rows, const Row& row) {
   });
 }
 
+size_t Decoder::chunk_tokens() const {
+  const size_t attention = (architecture.heads + 2 * architecture.kv_heads) * architecture.dim;
+  const size_t numbers = 4 * architecture.hidden + std::max(attention, 2 * architecture.ffn) + architecture.ffn;
+  return std::clamp<size_t>(kActivationBytes / (numbers * sizeof(float)), 64, 512);
+}
+
 void Decoder::step(std::span<const Piece> pieces, Wanted wanted, float* out) {
   const size_t width = wanted == Wanted::hidden ? architecture.hidden : architecture.vocabulary, hidden = architecture.hidden;
+  const size_t most = chunk_tokens();
   size_t written = 0;
   last_.clear();
   std::vector<size_t> done(pieces.size(), 0);
   for (size_t first = 0; first < pieces.size();) {
     std::vector<Piece> now;  // as many tokens as a chunk takes, from as many pieces as that needs
     std::vector<size_t> ends;
-    size_t room = kChunkTokens;
+    size_t room = most;
     while (first < pieces.size() && room) {
       const size_t count = std::min(room, pieces[first].tokens.size() - done[first]);
       now.push_back({pieces[first].sequence, pieces[first].tokens.subspan(done[first], count)});
       done[first] += count;
       room -= count;
       const bool complete = done[first] == pieces[first].tokens.size();
-      if (complete) ends.push_back(kChunkTokens - room - 1), ++first;
+      if (complete) ends.push_back(most - room - 1), ++first;
     }
     chunk(now);
     const size_t rows = tokens_.size();
@@ -86,7 +95,7 @@ void Decoder::chunk(std::span<const Piece> pieces) {
   }
   const size_t rows = tokens_.size(), hidden = architecture.hidden;
   float* x = grown(x_, rows * hidden);
-  for (size_t row = 0; row < rows; ++row) embedding_rows->copy_row(*engine.ops, static_cast<size_t>(ids[row]), architecture.embedding_scale, x + row * hidden);
+  for (size_t row = 0; row < rows; ++row) embedding->copy_row(*engine.ops, static_cast<size_t>(ids[row]), architecture.embedding_scale, x + row * hidden);
   set_angles();
   for (size_t index = 0; index < layers.size(); ++index) {
     attention(layers[index], index);

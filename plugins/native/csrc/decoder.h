@@ -1,11 +1,11 @@
 // A decoder-only language model: float32 between the layers, quantized or float weights in them.
 #pragma once
 
-#include <array>
 #include <memory>
 #include <span>
 #include <vector>
 
+#include "embedding.h"
 #include "linear.h"
 #include "memory.h"
 
@@ -38,7 +38,7 @@ struct Rope {
 // Keys and values of one conversation. Memory is touched as it grows.
 class Sequence {
  public:
-  Sequence(size_t layers, const Architecture& shape, size_t capacity, bool wide);
+  Sequence(size_t layers, const Architecture& shape, size_t capacity, Kept kept);
 
   Cache cache(size_t layer, size_t head) const;
   size_t length() const { return length_; }
@@ -52,8 +52,8 @@ class Sequence {
   size_t bytes_for(size_t positions) const;
 
   size_t layers_, kv_heads_, size_, capacity_, length_ = 0;
-  bool wide_;  // float32 instead of float16
-  Memory keys_, values_;
+  Kept kept_;
+  Memory keys_, values_, scales_;
 };
 
 // Tokens that one sequence gets in one step.
@@ -71,7 +71,7 @@ class Decoder {
   Architecture architecture;
   std::vector<Layer> layers;
   std::vector<Rope> ropes;
-  std::shared_ptr<Linear> embedding_rows;  // (V, H) float, as the file has it
+  std::shared_ptr<Embedding> embedding;  // (V, H)
   std::shared_ptr<Linear> head;            // (V, H)
   Norm norm;
   Engine engine;
@@ -99,6 +99,7 @@ class Decoder {
   void finish(float* rows, size_t count, Wanted wanted, float* out);
   std::vector<Span> spans(size_t longest) const;
   float* grown(std::vector<float>& memory, size_t count);
+  size_t chunk_tokens() const;
   template <class Row>
   void for_rows(size_t rows, const Row& row);
 

@@ -36,13 +36,6 @@ T* grown(std::vector<T>& memory, size_t count) {
 
 }  // namespace
 
-void Linear::copy_row(const Ops& ops, size_t n, float factor, float* to) const {
-  const size_t item = type_ == Float::f32 ? 4 : 2;
-  ops.to_float(type_, static_cast<const uint8_t*>(data_) + n * inputs_ * item, inputs_, to);
-  if (factor == 1) return;
-  for (size_t i = 0; i < inputs_; ++i) to[i] *= factor;
-}
-
 void Linear::multiply(const Engine& engine, Scratch& scratch, const float* x, size_t m, float* y, size_t stride) const {
   if (!packed_) multiply_dense(engine, x, m, y, stride);
   else if (engine.exact) multiply_exact(engine, scratch, x, m, y, stride);

@@ -19,9 +19,9 @@ struct Plan {
   size_t blocks = 0;               // of outputs per tile; 0: an eighth of a thread's share
 };
 
-// Products of a like number of rows share a plan: 1, 2 … 8, 9 … 64, more.
-constexpr size_t kBuckets = 4;
-inline size_t bucket(size_t m) { return m <= 1 ? 0 : m <= 8 ? 1 : m <= 64 ? 2 : 3; }
+// Products of a like number of rows share a plan: 1, 2 … 4, 5 … 8, 9 … 64, more.
+constexpr size_t kBuckets = 5;
+inline size_t bucket(size_t m) { return m <= 1 ? 0 : m <= 4 ? 1 : m <= 8 ? 2 : m <= 64 ? 3 : 4; }
 
 // What carries out products: chosen once per session.
 struct Engine {
@@ -49,9 +49,6 @@ class Linear {
   size_t inputs() const { return packed_ ? weights_.inputs : inputs_; }
   bool is_packed() const { return packed_; }
   const Weights& weights() const { return weights_; }
-
-  // Row n of a float layer times `factor`: an embedding.
-  void copy_row(const Ops& ops, size_t n, float factor, float* to) const;
 
   // y[m, n] = Σ x[m, k] W[n, k] + bias[n]; x (M, inputs), y (M, stride), rows n < rows().
   void multiply(const Engine& engine, Scratch& scratch, const float* x, size_t m, float* y, size_t stride) const;

@@ -213,7 +213,7 @@ std::vector<Piece> pieces_of(const Decoder& decoder, const std::vector<std::shar
 nb::ndarray<nb::numpy, float> step(Decoder& decoder, const std::vector<std::shared_ptr<Sequence>>& sequences, const std::vector<Ids>& ids, const std::string& wanted) {
   const Wanted what = wanted == "last" ? Wanted::last : wanted == "all" ? Wanted::all : Wanted::hidden;
   require(wanted == "last" || wanted == "all" || wanted == "hidden", "wanted is last, all or hidden");
-  require(decoder.head && decoder.embedding_rows && !decoder.norm.empty(), "the decoder is not complete");
+  require(decoder.head && decoder.embedding && !decoder.norm.empty(), "the decoder is not complete");
   const std::vector<Piece> pieces = pieces_of(decoder, sequences, ids);
   size_t rows = pieces.size();
   if (what != Wanted::last) {
@@ -286,6 +286,12 @@ NB_MODULE(_native, module) {
   module.def("bucket", &bucket, "m"_a, "Which products share a plan: the bucket of m rows.");
   module.attr("BUCKETS") = kBuckets;
 
+  nb::class_<Embedding>(module, "Embedding")
+      .def("__init__", [](Embedding* self, const std::string& path, size_t offset, const std::string& type, size_t rows, size_t size) {
+        require(rows > 0 && size > 0, "an embedding has rows");
+        new (self) Embedding(path, offset, float_named(type), rows, size);
+      }, "path"_a, "offset"_a, "dtype"_a, "rows"_a, "size"_a);
+
   nb::class_<Architecture>(module, "Architecture")
       .def(nb::init<>())
       .def_rw("hidden", &Architecture::hidden).def_rw("heads", &Architecture::heads).def_rw("kv_heads", &Architecture::kv_heads)
@@ -307,11 +313,11 @@ NB_MODULE(_native, module) {
         check(architecture, ropes);
         new (self) Decoder(architecture, std::move(ropes), engine(pool, kernel, exact));
       }, "architecture"_a, "ropes"_a, "pool"_a, "kernel"_a, "exact"_a, nb::keep_alive<1, 4>())
-      .def("set_ends", [](Decoder& self, std::shared_ptr<Linear> embedding, std::shared_ptr<Linear> head, Floats norm) {
+      .def("set_ends", [](Decoder& self, std::shared_ptr<Embedding> embedding, std::shared_ptr<Linear> head, Floats norm) {
         const Architecture& a = self.architecture;
-        require(embedding && !embedding->is_packed() && embedding->rows() == a.vocabulary && embedding->inputs() == a.hidden, "the embedding does not fit");
+        require(embedding && embedding->rows() == a.vocabulary && embedding->size() == a.hidden, "the embedding does not fit");
         require(head && head->rows() == a.vocabulary && head->inputs() == a.hidden, "the head does not fit");
-        self.embedding_rows = std::move(embedding);
+        self.embedding = std::move(embedding);
         self.head = std::move(head);
         self.norm = norm_of(norm, a.hidden);
       }, "embedding"_a, "head"_a, "norm"_a)
@@ -325,10 +331,11 @@ NB_MODULE(_native, module) {
         check_layer(a, layer, self.ropes.size());
         self.layers.push_back(std::move(layer));
       }, "qkv"_a, "out"_a, "gate_up"_a, "down"_a, "norms"_a, "window"_a, "rope"_a)
-      .def("sequence", [](const Decoder& self, size_t capacity) {
+      .def("sequence", [](const Decoder& self, size_t capacity, int bits) {
+        require(bits == 8 || bits == 16 || bits == 32, "keys and values have 8, 16 or 32 bits");
         require(capacity > 0 && capacity <= self.architecture.context, "a sequence is no longer than the model's context");
-        return std::make_shared<Sequence>(self.layers.size(), self.architecture, capacity, self.engine.exact);
-      }, "capacity"_a)
+        return std::make_shared<Sequence>(self.layers.size(), self.architecture, capacity, bits == 32 ? Kept::f32 : bits == 16 ? Kept::f16 : Kept::i8);
+      }, "capacity"_a, "bits"_a)
       .def("step", &step, "sequences"_a, "ids"_a, "wanted"_a);
 
   nb::class_<Sampling>(module, "Sampling").def(nb::init<>())

@@ -13,14 +13,21 @@ enum class Gate : int { silu, gelu_tanh, gelu };
 
 constexpr size_t kKeyBlock = 16;  // positions per block of keys
 
-// Keys and values of one layer and one key/value head: float16, or float32 for the exact path.
+// How keys and values are kept: float32 for the exact path, float16, or int8 with a scale for each position.
+enum class Kept : int { f32, f16, i8 };
+
+inline size_t kept_bytes(Kept kept) { return kept == Kept::f32 ? 4 : kept == Kept::f16 ? 2 : 1; }
+
+// Keys and values of one layer and one key/value head.
 //   keys   [positions / 16][dim][16]: sixteen positions side by side, so that scores need no sums across lanes
 //   values [positions][dim]
 // Beyond `size` both hold zeros.
 struct Cache {
   void* keys;
   void* values;
-  bool wide;    // float32
+  float* key_scale;    // [positions]; null unless int8
+  float* value_scale;  // likewise
+  Kept kept;
   size_t size;  // numbers of a head
   size_t dim;   // the same, rounded up to a multiple of 16
 };

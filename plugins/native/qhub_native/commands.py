@@ -61,7 +61,11 @@ def _timed(model: Path, options: Any, bandwidth: float) -> Iterator[dict[str, An
         for bucket in ALL_BUCKETS:
             candidates = list(selector.candidates(alike, bucket))
             best = min(candidates, key=lambda choice: choice.seconds)
-            yield {**_figures(key, best, ROWS[bucket], bandwidth), "layers": len(alike), "candidates": [vars(choice) for choice in candidates]}
+            yield {
+                **_figures(key, best, ROWS[bucket], bandwidth),
+                "layers": len(alike),
+                "candidates": [vars(choice) for choice in candidates],
+            }
 
 
 def _figures(key: ShapeKey, choice: Choice, rows: int, bandwidth: float) -> dict[str, Any]:

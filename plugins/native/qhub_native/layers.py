@@ -60,9 +60,20 @@ def _zeros(tensors: Tensors, name: str, bits: int, shape: tuple[int, ...]) -> ND
     stored = tensors.array(name)
     if stored.dtype == np.int8:
         return (stored.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    if 32 % bits == 0:
+        return _whole_words(stored.view("<u4"), bits, shape)
     stream = np.ascontiguousarray(stored.T).view(np.uint8)
     flat = np.unpackbits(stream, axis=1, bitorder="little", count=shape[0] * bits).reshape(shape[1], shape[0], bits)
     return np.ascontiguousarray(np.packbits(flat, axis=2, bitorder="little")[:, :, 0].T)
+
+
+def _whole_words(words: NDArray[np.uint32], bits: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """words (ceil(N · bits / 32), G), each of 32 / bits zeros of successive outputs → zero (N, G)."""
+    count = 32 // bits
+    out = np.empty((len(words), count, shape[1]), dtype=np.uint8)
+    for index in range(count):
+        out[:, index] = (words >> np.uint32(bits * index)) & np.uint32((1 << bits) - 1)
+    return out.reshape(-1, shape[1])[: shape[0]]
 
 
 def packed_shape(tensors: Tensors, names: tuple[str, ...], scheme: Scheme) -> Shape:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qhub import QhubError, Scheme, Unsupported
 from qhub_native import packs
-from qhub_native._native import Architecture, Decoder, Linear, Pool, Shape, pack, pack_float
+from qhub_native._native import Architecture, Decoder, Embedding, Linear, Pool, Shape, pack, pack_float
 from qhub_native.families import Family, family_of
 from qhub_native.layers import Stored, packed_shape, read_layer
 from qhub_native.selector import Selector, ShapeKey, by_shape
@@ -33,6 +33,7 @@ class Options:
     exact: bool = False
     forced: bool = False  # the kernel was named: nothing else is tried
     cache: bool = True
+    cache_bits: int = 16  # of keys and values on the fast path: 16 or 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise QhubError(f"`{path.parent}` is not a model that qhub quantized: it has no {path.name}", hint="`qhub run MODEL` makes one") from None
+        raise QhubError(
+            f"`{path.parent}` is not a model that qhub quantized: it has no {path.name}", hint="`qhub run MODEL` makes one"
+        ) from None
     except (ValueError, OSError) as error:
         raise QhubError(f"`{path}` cannot be read: {error}", hint="quantize the model again") from None
     if not isinstance(value, dict):
@@ -91,10 +94,16 @@ def load(folder: Path, options: Options) -> Loaded:
         family = family_of(read_json(folder / "config.json"))
         schemes = {str(name): Scheme.parse(text) for name, text in metadata["layers"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise QhubError(f"`{folder}` is damaged: its config.json or qhub.json lacks or garbles {error}", hint="quantize the model again") from None
+        raise QhubError(
+            f"`{folder}` is damaged: its config.json or qhub.json lacks or garbles {error}", hint="quantize the model again"
+        ) from None
     if metadata.get("transposed"):
         raise Unsupported("`native` does not run layers that are stored transposed", hint="qhub eval DIR --runtime hf")
-    return _Loader(Tensors(folder), family, schemes, options).load()
+    try:
+        return _Loader(Tensors(folder), family, schemes, options).load()
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:  # what the binding and numpy say of shapes that do not fit
+        first = str(error).strip().partition("\n")[0]
+        raise QhubError(f"`{folder}` does not fit its config.json: {first}", hint="quantize the model again") from None
 
 
 class _Loader:
@@ -114,12 +123,13 @@ class _Loader:
         selector, owners = self._selector(opened, linears), (opened, self.tensors)
         return Loaded(self.family, decoder, self.pool, self.options, total, total + dense, opened.mapped, selector, owners)
 
-
     def _selector(self, opened: packs.Pack, linears: Mapping[str, Linear]) -> Selector:
         keys = {
             name: ShapeKey(entry.inputs, entry.rows, entry.bits, entry.group, entry.symmetric) for name, entry in opened.entries.items()
         }
-        return Selector(by_shape((key, linears[name]) for name, key in keys.items()), self.pool, self.options.kernel if self.options.forced else None)
+        return Selector(
+            by_shape((key, linears[name]) for name, key in keys.items()), self.pool, self.options.kernel if self.options.forced else None
+        )
 
     def _slots(self) -> list[Slot]:
         slots = []
@@ -143,7 +153,6 @@ class _Loader:
             found[slot.block, slot.stack] = runs
         return found
 
-
     def _open_pack(self) -> packs.Pack:
         key = packs.key_of(self.tensors.files.files(), {"exact": self.options.exact, "head": self.head_name})
         path = packs.cache_folder() / f"{key[:32]}.pack"
@@ -155,7 +164,12 @@ class _Loader:
         return opened
 
     def _pack(self) -> packs.Pack:
-        shapes = {names[0]: packed_shape(self.tensors, names, self.schemes[names[0]]) for runs in self.groups.values() for names in runs if names[0] in self.schemes}
+        shapes = {
+            names[0]: packed_shape(self.tensors, names, self.schemes[names[0]])
+            for runs in self.groups.values()
+            for names in runs
+            if names[0] in self.schemes
+        }
         if not self.options.exact:
             shapes[self.head_name] = self._head_shape()
         entries = packs.plan(shapes)
@@ -165,7 +179,9 @@ class _Loader:
             for names in runs:
                 if names[0] in self.schemes:
                     parts = [read_layer(self.tensors, name, self.schemes[name]) for name in names]
-                    entries[names[0]] = replace(entries[names[0]], exponent=self._pack_parts(shapes[names[0]], parts, made.matrix(names[0])))
+                    entries[names[0]] = replace(
+                        entries[names[0]], exponent=self._pack_parts(shapes[names[0]], parts, made.matrix(names[0]))
+                    )
                     self.tensors.release()
         if self.head_name in entries:
             self._pack_head(entries[self.head_name].shape, made.matrix(self.head_name))
@@ -177,7 +193,9 @@ class _Loader:
         try:
             return int(pack(self.pool, shape, [part.part() for part in parts], memory))
         except ValueError as error:
-            raise QhubError(f"a layer of `{self.tensors.files.folder}` does not fit its scheme: {error}", hint="quantize the model again") from None
+            raise QhubError(
+                f"a layer of `{self.tensors.files.folder}` does not fit its scheme: {error}", hint="quantize the model again"
+            ) from None
 
     def _head_shape(self) -> Shape:
         rows, inputs = self.tensors.info(f"{self.head_name}.weight").shape
@@ -189,13 +207,13 @@ class _Loader:
         pack_float(self.pool, shape, self.tensors.raw(name), self.tensors.info(name).dtype, memory)
         self.tensors.release()
 
-
     def _decoder(self, linears: dict[str, Linear]) -> Decoder:
         decoder = Decoder(_architecture(self.family), list(self.family.tables), self.pool, self.options.kernel, self.options.exact)
         for block in range(self.family.layers):
             stacks = {stack: self._stack(linears, self.groups[block, stack]) for stack in ("qkv", "out", "gate_up", "down")}
             decoder.add_layer(**stacks, norms=self._norms(block), window=self.family.windows[block], rope=self.family.ropes[block])
-        embedding = self._dense(f"{self.prefix}embed_tokens")
+        rows = self.tensors.info(f"{self.prefix}embed_tokens.weight")
+        embedding = Embedding(str(rows.file), rows.offset, rows.dtype, *rows.shape)
         head = linears.get(self.head_name) or linears.setdefault(self.head_name, self._dense(self.head_name))
         decoder.set_ends(embedding, head, self._norm(f"{self.prefix}norm"))
         return decoder
@@ -204,11 +222,15 @@ class _Loader:
         stack = []
         for names in runs:
             linear = linears.get(names[0]) or linears.setdefault(names[0], self._dense(names[0]))
-            biases = [f"{name}.bias" for name in names if f"{name}.bias" in self.tensors]
-            if biases:
-                linear.set_bias(np.concatenate([self.tensors.floats(name) for name in biases]))
+            if any(f"{name}.bias" in self.tensors for name in names):
+                linear.set_bias(np.concatenate([self._bias(name) for name in names]))
             stack.append(linear)
         return stack
+
+    def _bias(self, name: str) -> NDArray[np.float32]:
+        if f"{name}.bias" in self.tensors:
+            return self.tensors.floats(f"{name}.bias")
+        return np.zeros(int(self.tensors.array(f"{name}.weight_shape")[0]), dtype=np.float32)
 
     def _dense(self, name: str) -> Linear:
         info = self.tensors.info(f"{name}.weight")
@@ -218,7 +240,11 @@ class _Loader:
         at = f"{self.prefix}layers.{block}"
         names = {"attention": f"{at}.input_layernorm", "mlp": f"{at}.post_attention_layernorm"}
         if self.family.gemma:
-            names |= {"attention_out": names["mlp"], "mlp": f"{at}.pre_feedforward_layernorm", "mlp_out": f"{at}.post_feedforward_layernorm"}
+            names |= {
+                "attention_out": names["mlp"],
+                "mlp": f"{at}.pre_feedforward_layernorm",
+                "mlp_out": f"{at}.post_feedforward_layernorm",
+            }
         if self.family.head_norms:
             names |= {"query": f"{at}.self_attn.q_norm", "key": f"{at}.self_attn.k_norm"}
         return {place: self._norm(name) for place, name in names.items()}
@@ -249,5 +275,9 @@ def _architecture(family: Family) -> Architecture:
     made = Architecture()
     for name in ("hidden", "heads", "kv_heads", "dim", "ffn", "vocabulary", "context", "eps", "gate", "embedding_scale"):
         setattr(made, name, getattr(family, name))
-    made.attention_scale, made.attention_softcap, made.logit_softcap = family.attention_scale, family.attention_softcap, family.logit_softcap
+    made.attention_scale, made.attention_softcap, made.logit_softcap = (
+        family.attention_scale,
+        family.attention_softcap,
+        family.logit_softcap,
+    )
     return made

@@ -1,8 +1,8 @@
 """The pack cache: a model's matrices as the kernels read them, in one file that the next start maps.
 
-The file: 8 bytes of magic, 8 bytes of header length (little-endian), 32 bytes sha256 of the header, the header (JSON: key and entries), then the
-matrices at offsets that are multiples of 4096. One layout serves every instruction set (csrc/gemm.h), so the key is the
-model's files and the layout's version. The model's own files never change.
+The file: 8 bytes of magic, 8 bytes of header length (little-endian), 32 bytes sha256 of the header, the header (JSON: key and
+entries), then the matrices at offsets that are multiples of 4096. One layout serves every instruction set (csrc/gemm.h), so
+the key is the model's files and the layout's version. The model's own files never change.
 """
 
 from __future__ import annotations

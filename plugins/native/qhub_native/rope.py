@@ -25,6 +25,9 @@ def rope_table(parameters: Mapping[str, Any], dim: int, context: int) -> Table:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     turned = int(dim * float(parameters.get("partial_rotary_factor", 1.0)))
     base = float(parameters.get("rope_theta", 10000.0))
+    if not 0 < base < math.inf or turned < 2:
+        message = f"rope_theta `{base}` over {turned} numbers of a head"
+        raise ValueError(message)
     frequencies = 1.0 / (base ** (np.arange(0, turned, 2, dtype=np.float64) / turned))
     if kind == "default":
         return frequencies.astype(np.float32), 1.0

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import metadata
 
 from qhub import cpu_model, read_cache, write_cache
 from qhub_native._native import BUCKETS, Linear, Pool, kernel_names, time_plan
 
 CACHE = "native-kernels.json"
-#: A number of rows that stands for each bucket: 1, 2 … 8, 9 … 64, more.
-ROWS = (1, 4, 32, 256)
-_SECONDS = (0.004, 0.004, 0.01, 0.03)
+#: A number of rows that stands for each bucket: 1, 2 … 4, 5 … 8, 9 … 64, more.
+ROWS = (1, 4, 8, 32, 256)
+_SECONDS = (0.004, 0.004, 0.004, 0.01, 0.03)
 #: (rows, blocks) of tiles; 0 blocks: an eighth of a thread's share.
 _TILES = (
     ((1, 0), (1, 4), (1, 16), (1, 64)),
+    ((4, 0), (4, 4), (4, 16)),
     ((8, 0), (8, 4), (8, 16)),
     ((64, 0), (64, 4), (32, 16)),
     ((96, 0), (48, 16), (192, 4), (192, 16)),
@@ -58,8 +60,11 @@ class Selector:
         self.linears, self.pool = linears, pool
         self.kernels = [kernel] if kernel else [name for name in kernel_names() if name != "scalar"] or ["scalar"]
         self._ready: set[int] = set()
-        self._place = f"{cpu_model()}; {metadata.version('qhub-native')}; {pool.threads} threads"
         self._forced = kernel is not None
+
+    @cached_property
+    def _place(self) -> str:
+        return f"{cpu_model()}; {metadata.version('qhub-native')}; {self.pool.threads} threads"
 
     def prepare(self, bucket: int) -> None:
         """See to it that products of this bucket have their plans: remembered ones, or measured now."""

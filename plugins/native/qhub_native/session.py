@@ -61,7 +61,7 @@ class NativeSession:
         if wanted > self.family.context:
             message = f"`{wanted}` tokens do not fit the model's context of {self.family.context}"
             raise QhubError(message, hint="shorten the prompt, or ask for fewer new tokens")
-        return self.loaded.decoder.sequence(wanted)
+        return self.loaded.decoder.sequence(wanted, 32 if self.loaded.options.exact else self.loaded.options.cache_bits)
 
     def feed(self, sequence: _native.Sequence, ids: Sequence[int]) -> NDArray[np.float32]:
         """Append `ids` to the conversation; the logits (V) that follow its last token.

@@ -19,6 +19,7 @@ class Tensors:
     def __init__(self, folder: Path) -> None:
         self.files = WeightFiles.open(folder)
         self._maps: dict[Path, mmap.mmap] = {}
+        self._touched: set[Path] = set()
 
     def __contains__(self, name: object) -> bool:
         return name in self.files
@@ -52,12 +53,14 @@ class Tensors:
 
     def release(self) -> None:
         """Let the pages go that were read so far; they come back from the file when they are needed."""
-        for mapped in self._maps.values():
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for file in self._touched:
+                self._maps[file].madvise(mmap.MADV_DONTNEED)
+        self._touched.clear()
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as opened:
                 self._maps[file] = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
+        self._touched.add(file)
         return self._maps[file]

@@ -1,4 +1,4 @@
-"""What the plugin's tests share: C++ test programs, built with CMake and a compiler of the machine."""
+"""What the plugin's tests share: caches of their own, and C++ test programs built with CMake and a compiler of the machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory, monkeypatch):
+    """The user's caches are not touched by tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.delenv("QHUB_NATIVE_CACHE", raising=False)
+    monkeypatch.delenv("QHUB_NATIVE_ISA", raising=False)
+    return folder
 
 
 @pytest.fixture(scope="session")

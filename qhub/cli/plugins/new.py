@@ -7,14 +7,15 @@ from pathlib import Path
 import click
 
 from qhub.cli import App
+from qhub.scaffold.write import KINDS, LICENSES, NewPlugin, check_name, write_plugin
 
 
 @click.command()
 @click.argument("name", metavar="NAME")
-@click.option("--kind", type=click.Choice(["quantizer", "exporter", "runtime"]), required=True, help="What the plugin offers.")
+@click.option("--kind", type=click.Choice(KINDS), required=True, help="What the plugin offers.")
 @click.option(
     "--license",
-    type=click.Choice(["Apache-2.0", "MIT", "BSD-3-Clause"], case_sensitive=False),
+    type=click.Choice(LICENSES, case_sensitive=False),
     default="Apache-2.0",
     help="Its license; default Apache-2.0.",
 )
@@ -25,7 +26,6 @@ from qhub.cli import App
 def new(app: App, /, name: str, *, as_json: bool, **choices: str) -> None:
     """Write a new plugin NAME into the folder ./qhub-NAME."""
     from qhub.route.registry import load_registry
-    from qhub.scaffold.write import NewPlugin, check_name, write_plugin
 
     taken = {known: f"plugin `{entry.distribution}`" for known, entry in load_registry().index.items()}
     check_name(name, {**taken, "core": "qhub itself"})

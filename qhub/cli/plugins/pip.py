@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 from qhub.errors import QhubError
+from qhub.plugins import installed_version
 
 #: What many plugins share: a plugin that needs another version of one of these gets an environment of its own.
 SHARED = ("torch", "transformers")
@@ -42,7 +42,7 @@ def changes(requirement: str) -> list[Change]:
     wanted = _planned(ran.stdout) if is_pip else dict(_UV_CHANGE.findall(ran.stderr))
     found = []
     for name in SHARED:
-        before, after = _installed(name), next((version for key, version in wanted.items() if key.lower() == name), None)
+        before, after = installed_version(name), next((version for key, version in wanted.items() if key.lower() == name), None)
         if before is not None and after is not None and before != after:
             found.append(Change(name, before, after))
     return found
@@ -104,13 +104,6 @@ def _planned(report: str) -> Mapping[str, str]:
     """Distribution → version of what pip's report would install."""
     items = json.loads(report)["install"]
     return {item["metadata"]["name"]: item["metadata"]["version"] for item in items}
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _refused(requirement: str, said: str) -> QhubError:

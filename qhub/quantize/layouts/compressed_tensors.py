@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from qhub.quantize.layouts.base import FLOATS, LayerFacts, Layout, ModelFacts, PackedFolder, StoredLayer, in_order
-from qhub.quantize.pack import unpack
-from qhub.quantize.store import Placement, has_plain_zeros, layer_tensors, quantization_config
+from qhub.quantize.store import Placement, has_plain_zeros, layer_tensors, quantization_config, read_layer
 from qhub.types import Scheme
 
 _FORMAT = "pack-quantized"
@@ -72,18 +71,9 @@ class CompressedTensorsLayout(Layout):
 
     def read(self, source: PackedFolder, name: str, facts: LayerFacts) -> StoredLayer:
         """Layer `name`; `weight_g_idx` is undone where the groups are consecutive after all."""
-        bits, half = facts.scheme.weight_bits, 1 << (facts.scheme.weight_bits - 1)
-        width = facts.rows if facts.turned else facts.columns
-        codes = unpack(source.read(f"{name}.weight_packed"), bits, width)
-        scale = source.read(f"{name}.weight_scale").float()
-        zero = torch.full_like(scale, float(half))
-        if not facts.scheme.symmetric:
-            stored = source.read(f"{name}.weight_zero_point")
-            plain = stored.dtype == torch.int8
-            zero = stored.float() + half if plain else unpack(stored.t().contiguous(), bits, facts.rows).t().float().contiguous()
-        if facts.turned:
-            codes, scale, zero = (part.t().contiguous() for part in (codes, scale, zero))
-        return in_order(StoredLayer(codes, scale, zero, facts.scheme, _groups(source, name, facts)), facts.group_size)
+        found = read_layer(source.read, name, facts.scheme, transposed=facts.turned)
+        stored = StoredLayer(found.codes, found.scale, found.zero, facts.scheme, _groups(source, name, facts))
+        return in_order(stored, facts.group_size)
 
     def refuse(self, model: ModelFacts) -> str | None:
         """Groups that do not fill the inputs."""

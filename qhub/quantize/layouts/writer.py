@@ -19,8 +19,7 @@ from qhub.errors import DamagedModelError, Unsupported, UsageError
 from qhub.events import Events, Progress
 from qhub.quantize.layouts.base import Layout, ModelFacts, StoredLayer
 from qhub.quantize.layouts.reader import LAYOUTS, PackedWeights, open_packed
-from qhub.quantize.store import COPIED, FORMAT_VERSION, METADATA, shard_name, write_json, write_shard
-from qhub.weights import INDEX, WeightFiles
+from qhub.quantize.store import COPIED, FORMAT_VERSION, METADATA, shard_name, write_index, write_json, write_shard
 
 _OTHERS_COPIED = (*COPIED, "preprocessor_config.json", "processor_config.json", "*.py")
 
@@ -146,9 +145,7 @@ def _tensors(names: Iterable[str], weights: PackedWeights, layout: Layout, model
 
 def _finish(weights: PackedWeights, out: Path, layout: Layout, model: ModelFacts) -> None:
     """Index, config, tokenizer and what qhub knows of the model."""
-    files = WeightFiles.open_shards(out, sorted(path.name for path in out.glob("model-*.safetensors")))
-    weight_map = {name: info.file.name for name, info in files.items()}
-    write_json(out / INDEX, {"metadata": {"total_size": sum(info.bytes for info in files.values())}, "weight_map": weight_map})
+    write_index(out)
     section = layout.section_of(model)
     config: dict[str, Any] = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("compression_config", None)

@@ -1,6 +1,8 @@
 // AVX2: `vpmaddubsw` multiplies 4-bit numbers by int8 and adds pairs into int16, where eight such sums fit: 8 · 2 · 15 · 127 = 30480.
 //
 // Codes of 8 bits are therefore taken apart: their low nibbles and their high nibbles are summed up alone and joined as low + 16 · high.
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 
 #include "../half.h"
@@ -103,3 +105,5 @@ const Kernel x86_avx2{"avx2", runs, quantize, multiply, multiply_exact, panel_by
 }  // namespace qhub
 
 QHUB_ISA_END
+
+#endif

@@ -1,4 +1,6 @@
 // AVX-VNNI: 32 products per instruction, straight into int32.
+#if defined(__x86_64__)
+
 #include <immintrin.h>
 
 #include "../half.h"
@@ -61,3 +63,5 @@ const Kernel x86_avx_vnni{"avx_vnni", runs, quantize, multiply, multiply_exact, 
 }  // namespace qhub
 
 QHUB_ISA_END
+
+#endif

@@ -7,6 +7,10 @@
 
 #include "../kernels.h"
 #include "problem.h"
+#if defined(__x86_64__)
+#define QHUB_EMULATE_TILES  // the AMX kernel once more, for processors without tiles
+#include "../kernels/x86_amx_int8.cpp"
+#endif
 
 namespace qhub::test {
 namespace {
@@ -16,10 +20,11 @@ constexpr size_t kMaxFailures = 20;  // printed per kernel
 
 struct Grid {
   std::vector<size_t> inputs, outputs, rows, groups;
+  size_t many;  // rows, of one case: more than any kernel takes at once
 };
 
-const Grid kFull{{32, 64, 100, 128, 344, 2048}, {1, 15, 16, 17, 40, 176}, {1, 2, 3, 5, 8, 12, 13, 16, 17, 33, 65}, {32, 64, 128}};
-const Grid kQuick{{32, 100, 344}, {1, 16, 40}, {1, 2, 3, 5, 8, 13}, {32, 64, 128}};  // for emulators
+const Grid kFull{{32, 64, 100, 128, 344, 2048}, {1, 15, 16, 17, 40, 176}, {1, 2, 3, 5, 8, 12, 13, 16, 17, 33, 65}, {32, 64, 128}, 530};
+const Grid kQuick{{32, 100, 344}, {1, 16, 40}, {1, 2, 3, 5, 8, 13, 33}, {32, 64, 128}, 50};  // for emulators
 
 // What is being tested, and what came of it.
 struct Run {
@@ -153,6 +158,7 @@ void run_grid(std::vector<Run>& runs, const Grid& grid) {
       for (size_t group : grid.groups)
         for (int bits : {4, 8})
           for (bool symmetric : {true, false}) run_case(runs, {inputs, outputs, group, bits, symmetric, symmetric ? 0 : -9, Values::random}, grid);
+  run_case(runs, {100, 24, 32, 4, false, 0, Values::random}, {{}, {}, {grid.many}, {}, 0});
   for (Values values : {Values::zeros, Values::saturating, Values::vanishing, Values::tiny, Values::huge})
     for (size_t group : grid.groups)
       for (int bits : {4, 8})
@@ -177,6 +183,9 @@ std::vector<const Kernel*> available() {
   std::vector<const Kernel*> found;
   for (const Kernel* const* kernel = kKernels; *kernel; ++kernel)
     if ((*kernel)->runs(cpu())) found.push_back(*kernel);
+#if defined(__x86_64__)
+  if (x86_amx_int8_emulated.runs(cpu())) found.insert(found.begin(), &x86_amx_int8_emulated);
+#endif
   return found;
 }
 
