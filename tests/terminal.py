@@ -25,9 +25,7 @@ class Terminal:
         self._screen, inner = pty.openpty()
         command = [sys.executable, "-c", _OWN, "-m", "qhub", *map(str, arguments)]
         variables = {**os.environ, "TERM": "dumb", "COLUMNS": "200", **env}
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=variables, stdin=inner, stdout=inner, stderr=inner, start_new_session=True
-        )
+        self.process = subprocess.Popen(command, cwd=folder, env=variables, stdin=inner, stdout=inner, stderr=inner, start_new_session=True)
         os.close(inner)
 
     def __enter__(self) -> Terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
@@ -139,6 +140,13 @@ class Dies(Base):
     def open(self, path, options):
         os.kill(os.getpid(), 9)
 
+class Sleeps(Base):
+    name = "zz-sleeps"
+
+    def open(self, path, options):
+        (path / "pid").write_text(str(os.getpid()))
+        time.sleep(600)
+
 class Elsewhere(Base):
     name = "zz-elsewhere"
 
@@ -147,7 +155,7 @@ class Elsewhere(Base):
 
 @hookimpl
 def qhub_runtimes():
-    return [Works(), Refuses(), Crashes(), Dies(), Elsewhere()]
+    return [Works(), Refuses(), Crashes(), Dies(), Sleeps(), Elsewhere()]
 """
 
 
@@ -232,6 +240,20 @@ def test_what_cannot_be_measured_is_an_error(qhub, toys, options, code, message)
     assert (ran.code, ran.out) == (code, "")
     assert message in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_ctrl_c_ends_the_measurement_and_its_process(toys, tmp_path):
+    terminal = pytest.importorskip("terminal")
+    pid = tmp_path / "model" / "pid"
+    with terminal.Terminal(["bench", "model", "--runtime", "zz-sleeps"], tmp_path, toys) as opened:
+        while not (pid.exists() and pid.read_text()):
+            time.sleep(0.01)
+        opened.type(terminal.CTRL_C)
+        code, seen = opened.end()
+    assert code == 130
+    assert seen.endswith("interrupted: nothing was left half written\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_no_engine_at_all_is_no_route(qhub, toys):
