@@ -276,6 +276,13 @@ def test_only_what_is_new_is_given_to_a_session_that_keeps():
     assert kept.given == [([1, 2, 3], 3, 5), ([4], 2, 6), ([9], 3, 7), ([9], 3, 8)]
 
 
+def test_the_room_is_the_smaller_of_what_model_and_session_have():
+    speaker = Speaker(KeptSession(), SAMPLING)
+    assert [speaker.room(context) for context in (None, 50, 500)] == [100, 50, 100]
+    speaker.conversation = None
+    assert [speaker.room(context) for context in (None, 50)] == [None, 50]
+
+
 def test_a_reply_that_is_left_early_spoils_nothing():
     speaker = Speaker(KeptSession(), SAMPLING)
     reply = speaker.reply([1, 2], 50)

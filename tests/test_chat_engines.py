@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_models import byte_tokenizer
+from chat_models import CHATML, byte_tokenizer
 from tiny_models import quantize, tiny_model
 
-from qhub import OpenOptions, Quantizer, quantize_rtn
+from qhub import OpenOptions, QhubError, Quantizer, quantize_rtn
 from qhub.chat.dialogue import Language
 from qhub.chat.speaker import Sampling, Speaker
+from qhub.chat.template import ChatTemplate
 from qhub.plugins import Plugins
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,37 @@ def missing(engine):
     if engine == "native" and importlib.util.find_spec("qhub_native._native") is None:
         return "qhub-native is not built"
     return None
+
+
+LLAMA_3 = (
+    "{{ bos_token }}{% if tools is not none %}Tools!{% endif %}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\n"
+    "{% for message in messages %}\n    {% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}"
+    "{% set role = message['role'] %}{% endif %}\n"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}{{ messages | tojson }}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, GEMMA, MISTRAL], ids=["ChatML", "Llama 3", "Gemma", "Mistral"])
+@pytest.mark.parametrize("reply", [True, False], ids=["asking", "told"])
+def test_templates_give_what_transformers_gives(template, reply):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), bos_token="<s>", eos_token="</s>")
+    messages = [{"role": "user", "content": " hi <é> "}, {"role": "assistant", "content": "yes\n"}, {"role": "user", "content": "so"}]
+    expected = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=reply)
+    assert ChatTemplate(template, {"bos_token": "<s>", "eos_token": "</s>"}).render(messages, reply=reply) == expected
 
 
 ENGINES = [pytest.param(name, marks=pytest.mark.skipif(bool(why := missing(name)), reason=str(why))) for name in ("hf", "native")]
@@ -139,6 +171,19 @@ def test_what_is_kept_is_the_state_that_reading_all_gives(model):
     ids = [5, 6, 7, 8, *said[:4]]
     expected = session.logits(np.array([[*ids, 3]]))[0, -1]
     assert np.allclose(session.feed(conversation._sequence, [3]), expected, atol=1e-4)
+    session.close()
+
+
+@NATIVE
+def test_a_long_line_is_read_in_parts_with_the_same_reply(model):
+    session = opened("native", model, exact=True)
+    for count in (1, 7, 8, 9, 16, 61):
+        ids = [(7 * index) % 100 for index in range(count)]
+        conversation = session.conversation()
+        conversation.at_once = 8
+        assert list(conversation.reply(ids, 5)) == list(session.generate(ids, 5))
+    with pytest.raises(QhubError, match="`129` more tokens do not fit: 0 of 128 are taken"):
+        list(session.conversation().reply([1] * 129, 5))
     session.close()
 
 

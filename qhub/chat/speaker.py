@@ -28,6 +28,12 @@ class Speaker:
         self._kept: list[int] = []
         self._turns = 0
 
+    def room(self, context: int | None) -> int | None:
+        """How many tokens a conversation may have, where the model's config says `context`; None: nobody knows a limit."""
+        if self.conversation is None:
+            return context
+        return self.conversation.capacity if context is None else min(context, self.conversation.capacity)
+
     def reply(self, ids: Sequence[int], room: int) -> Generator[int, None, None]:
         """At most `room` tokens that follow `ids`, up to the model's stop token. May be left at any token."""
         chosen, count = self.sampling, min(self.sampling.max_tokens, room)

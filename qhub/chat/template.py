@@ -37,7 +37,8 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=reply, **self._tokens)
+            given = {"messages": list(messages), "add_generation_prompt": reply, "tools": None, "documents": None}
+            return self._template.render(**given, **self._tokens)
         except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
             hint = "some models take no system text: leave out `--system`, `/system` without a text removes it"
             raise QhubError(f"the model's chat template refuses this: {error}", hint=hint) from None

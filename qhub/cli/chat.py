@@ -64,9 +64,9 @@ def chat(app: App, /, artifact: Path, runtime: str | None, system: str | None, t
 
     engine, session = first_that_opens(found, opened, app.output.warning)
     with contextlib.closing(session):
-        room = found.context or sys.maxsize
-        sampling["max_tokens"] = sampling["max_tokens"] or min(_MAX_TOKENS, max(1, room // 4))
-        return Chat(app.output, engine, dialogue, Speaker(session, Sampling(**sampling)), room, artifact).run()
+        longest = sampling.pop("max_tokens") or min(_MAX_TOKENS, max(1, (found.context or sys.maxsize) // 4))
+        speaker = Speaker(session, Sampling(**sampling, max_tokens=longest))
+        return Chat(app.output, engine, dialogue, speaker, speaker.room(found.context) or sys.maxsize, artifact).run()
 
 
 @dataclass

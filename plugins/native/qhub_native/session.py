@@ -68,9 +68,7 @@ class NativeSession:
 
         :raises QhubError: when there is no room for them; the conversation is as it was.
         """
-        if sequence.length + len(ids) > sequence.capacity:
-            message = f"`{len(ids)}` more tokens do not fit: {sequence.length} of {sequence.capacity} are taken"
-            raise QhubError(message, hint="shorten the prompt, or begin anew (`/reset` in a chat)")
+        check_room(sequence, len(ids))
         return self._step([sequence], [self._checked(ids)], "last")[0]
 
     def generate(
@@ -148,6 +146,9 @@ class NativeSession:
 class NativeConversation:
     """A sequence of a session that outlives a reply: what `qhub chat` keeps between turns."""
 
+    #: Tokens that are read together.
+    at_once = 256
+
     def __init__(self, session: NativeSession, sequence: _native.Sequence) -> None:
         self._session, self._sequence = session, sequence
 
@@ -168,6 +169,23 @@ class NativeConversation:
     def reply(
         self, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[int]:
-        """Append `ids` and yield what follows, until a stop token."""
+        """Append `ids`, some at a time, so that an interruption need not wait for all, and yield what follows, until a stop token.
+
+        :raises QhubError: when there is no room for them; the conversation is as it was.
+        """
+        check_room(self._sequence, len(ids))
+        last = max(0, len(ids) - 1) // self.at_once * self.at_once
+        for start in range(0, last, self.at_once):
+            self._session.feed(self._sequence, ids[start : start + self.at_once])
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        yield from self._session.reply(self._sequence, ids, max_new_tokens, sampling)
+        yield from self._session.reply(self._sequence, ids[last:], max_new_tokens, sampling)
+
+
+def check_room(sequence: _native.Sequence, count: int) -> None:
+    """See that `count` more tokens fit.
+
+    :raises QhubError: when they do not.
+    """
+    if sequence.length + count > sequence.capacity:
+        message = f"`{count}` more tokens do not fit: {sequence.length} of {sequence.capacity} are taken"
+        raise QhubError(message, hint="shorten the prompt, or begin anew (`/reset` in a chat)")
