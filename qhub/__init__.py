@@ -16,7 +16,8 @@ _HOMES = {
     "qhub.quiet": ("quiet_libraries",),
     "qhub.errors": ("ExitCode", "NoRouteError", "PluginError", "QhubError", "Unsupported", "UsageError"),
     "qhub.interfaces": (
-        "Block", "Component", "Exporter", "Group", "ModelJob", "Quantizer", "Runtime", "Session", "Statistics", "WholeModel", "WholeResult",
+        "Block", "Component", "Conversation", "Exporter", "Group", "ModelJob", "Quantizer", "Runtime", "Session", "Statistics",
+        "WholeModel", "WholeResult",
     ),
     "qhub.types": (
         "Artifact", "Estimates", "Fact", "Goals", "LayerShape", "ModelProfile", "ModelSource", "OpenOptions", "QuantizedModel", "Recipe",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from qhub.interfaces import (
         Block,
         Component,
+        Conversation,
         Exporter,
         Group,
         ModelJob,

@@ -60,3 +60,9 @@ class PluginError(QhubError):
     """A plugin's own code failed; the message names its distribution: exit code 4."""
 
     exit_code = ExitCode.PLUGIN_FAILED
+
+
+def failure_of(component: str, error: Exception) -> PluginError:
+    """What is said when the own code of a plugin's component fails."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(": ")
+    return PluginError(f"`{component}` failed: {text}", hint="run it again with `QHUB_TRACEBACK=1` set and report what it prints")

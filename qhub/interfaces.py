@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qhub.errors import UsageError
-from qhub.types import Artifact, Family, ModelProfile, QuantizedModel, Recipe, Scheme, Target
+from qhub.types import Artifact, Family, ModelProfile, OpenOptions, QuantizedModel, Recipe, Scheme, Target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -261,16 +261,57 @@ class Exporter(Component):
 
 
 class Session(Protocol):
-    """An opened artifact."""
+    """An opened artifact.
+
+    It may also have, where the engine knows better than the outside: `bytes_per_token`, the bytes of weights that a new
+    token reads; `bandwidth(threads)`, the bytes per second that so many threads read here; `how_loaded`, a few words on
+    what opening took; `conversation()`, a `Conversation`.
+    """
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """ids (B, T) → next-token logits (B, T, V)."""
 
-    def generate(self, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Iterator[int]:
-        """Token ids that continue `ids`, one at a time."""
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        until_stop: bool = True,
+    ) -> Iterator[int]:
+        """Token ids that continue `ids`, one at a time, up to the model's stop token, which is not among them.
+
+        Temperature 0 takes the most probable token; else one of the most probable ones that have `top_p` of the probability
+        together is drawn. With `until_stop` false stop tokens are tokens like others: that is for measuring.
+        """
 
     def close(self) -> None:
         """Give memory back."""
+
+
+class Conversation(Protocol):
+    """Tokens whose state (keys and values) a session keeps, so that a turn of a chat costs only what is new in it."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens are kept."""
+
+    @property
+    def capacity(self) -> int:
+        """How many there is room for."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+    def reply(
+        self, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[int]:
+        """Append `ids` and yield what follows, as `Session.generate` does; a yielded token may or may not be kept yet.
+
+        :raises QhubError: when there is no room for `ids`; what is kept stays as it was.
+        """
 
 
 class Runtime(Component):
@@ -286,6 +327,9 @@ class Runtime(Component):
         """Measured share of the roofline that decoding reaches there, to cap an estimate; None if not measured."""
         return None
 
-    def open(self, path: Path) -> Session:
-        """Open the artifact at `path`."""
+    def open(self, path: Path, options: OpenOptions = OpenOptions()) -> Session:  # noqa: B008 - frozen
+        """Open the artifact at `path`.
+
+        :raises Unsupported: when the engine does not run this model, or has no kernel to choose and one is asked for.
+        """
         raise NotImplementedError

@@ -27,6 +27,8 @@ Commands:
   recommend  Which way to take a model to a device, and why
   run        Quantize, export, evaluate and report in one go
   eval       Measure an artifact on a text
+  bench      Measure how fast an artifact runs here
+  chat       Talk to a model, in a terminal or through a pipe
   convert    Write a quantized model in another layout
   inspect    What a model or an artifact is, from its headers
   report     Show what a run found
@@ -34,7 +36,10 @@ Commands:
   plugins    Which methods, formats and engines are installed
   targets    Which devices are known, and their facts
 """
-KNOWN = "known: convert, eval, inspect, plugins, recommend, report, reproduce, run, targets (a plugin may bring it: `pip install qhub-{}`)"
+KNOWN = (
+    "known: bench, chat, convert, eval, inspect, plugins, recommend, report, reproduce, run, targets "
+    "(a plugin may bring it: `pip install qhub-{}`)"
+)
 SEE_RUN = "see `qhub run --help`"
 
 

@@ -17,6 +17,7 @@ LAYERS = (
     ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
     ("history", "rundir", "texts", "preflight", "expect", "pipeline", "stage", "worker", "isolation.apart", "convert", "reproduce"),
+    ("opening", "chat"),
     ("tune", "testing", "scaffold"),
     ("cli", "__main__"),
 )

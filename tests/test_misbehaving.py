@@ -145,7 +145,7 @@ class Engine(Runtime):
     distribution = "qhub-bad"
     formats = ("compressed-tensors",)
 
-    def open(self, path):
+    def open(self, path, options=None):
         raise OSError(5, "no such accelerator")
 
 @hookimpl

@@ -55,7 +55,7 @@ class Offset(Runtime):
         self.offset = offset
         self.sessions = []
 
-    def open(self, path):
+    def open(self, path, options=None):
         self.sessions.append(Session(path, self.offset))
         return self.sessions[-1]
 
@@ -129,8 +129,8 @@ def test_codes_of_a_format_that_qhub_does_not_read_are_unknown(quantized, tmp_pa
     class Elsewhere(Offset):
         """Reads another format; its figures are the QuantizedModel's."""
 
-        def open(self, path):
-            return super().open(quantized)
+        def open(self, path, options=None):
+            return super().open(quantized, options)
 
     (tmp_path / "model.other").write_bytes(b"")
     found = compare_logits(quantized, tmp_path / "model.other", Elsewhere(), IDS.numpy())

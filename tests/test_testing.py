@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from forked import needs_plugins
 
-from qhub import Artifact, Exporter, QTensor, Quantizer, Runtime, Scheme, folder_digest, quantize_rtn
+from qhub import Artifact, Exporter, OpenOptions, QTensor, Quantizer, Runtime, Scheme, folder_digest, quantize_rtn
 from qhub.errors import UsageError
 from qhub.scaffold.write import NewPlugin, write_plugin
 from qhub.testing import ABOUT, FAIL, PASS, SKIP, Check, check_plugin, check_runtime, find_subject, run_checks
@@ -304,9 +304,10 @@ def test_codes_that_are_not_the_models_are_found(working, tmp_path):
 class Engine(Runtime):
     """Computes logits of nothing; `said` is what it generates."""
 
-    name, formats, said = "toy", ("toy",), [5, 5]
+    name, formats, said = "toy", ("toy",), [5, 5, 5, 5]
 
-    def open(self, path):
+    def open(self, path, options):
+        self.options = options
         return self
 
     def logits(self, ids):
@@ -314,7 +315,8 @@ class Engine(Runtime):
         found[..., 5] = 1
         return found
 
-    def generate(self, ids, max_new_tokens):
+    def generate(self, ids, max_new_tokens, *, temperature=0.0, top_p=1.0, seed=0, until_stop=True):
+        assert not until_stop  # how many tokens there are is then known
         yield from self.said
 
     def close(self):
@@ -322,9 +324,14 @@ class Engine(Runtime):
 
 
 def test_generated_tokens_must_be_those_that_the_logits_say(working, tmp_path):
-    working._generates(Engine(), tmp_path)
-    Engine.said = [5, 6]
-    with pytest.raises(CheckFailedError, match=r"it generated \[5, 6\] where its own logits say \[5, 5\]"):
+    engine = Engine()
+    working._generates(engine, tmp_path)
+    assert engine.options == OpenOptions(threads=1)
+    Engine.said = [5]
+    with pytest.raises(CheckFailedError, match="asked to go on past stop tokens it generated 1 of 4 tokens"):
+        working._generates(Engine(), tmp_path)
+    Engine.said = [5, 5, 5, 6]
+    with pytest.raises(CheckFailedError, match=r"it generated \[5, 5, 5, 6\] where its own logits say \[5, 5, 5, 5\]"):
         working._generates(Engine(), tmp_path)
 
 

@@ -31,6 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recommend": ("qhub.cli.recommend:recommend", "Which way to take a model to a device, and why"),
     "run": ("qhub.cli.run:run", "Quantize, export, evaluate and report in one go"),
     "eval": ("qhub.cli.eval:evaluate", "Measure an artifact on a text"),
+    "bench": ("qhub.cli.bench:bench", "Measure how fast an artifact runs here"),
+    "chat": ("qhub.cli.chat:chat", "Talk to a model, in a terminal or through a pipe"),
     "convert": ("qhub.cli.convert:convert", "Write a quantized model in another layout"),
     "inspect": ("qhub.cli.inspect:inspect", "What a model or an artifact is, from its headers"),
     "report": ("qhub.cli.report:report", "Show what a run found"),

@@ -38,6 +38,12 @@ class Output:
         self._clear()
         print(text)
 
+    def stream(self, text: str) -> None:
+        """A piece of data on stdout as it comes: seen at once, no line of its own."""
+        self._clear()
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
         """A table on stdout. `right` names the columns to align right; a row of one cell is a heading within the table."""
         self._clear()

@@ -10,7 +10,7 @@ from qhub.errors import PluginError, QhubError
 from qhub.hookspecs import hookimpl
 from qhub.interfaces import Component, Exporter, Quantizer, Runtime, Session
 from qhub.isolation.environments import Environment
-from qhub.types import ModelProfile, Scheme, Target
+from qhub.types import ModelProfile, OpenOptions, Scheme, Target
 
 
 class _Apart:
@@ -50,7 +50,7 @@ class ApartRuntime(_Apart, Runtime):
         reason: str | None = self.declared["targets"].get(target.name)
         return reason
 
-    def open(self, path: Path) -> Session:
+    def open(self, path: Path, options: OpenOptions = OpenOptions()) -> Session:  # noqa: B008 - frozen
         """Not possible: a session lives in the process that asked for it.
 
         :raises PluginError: always.

@@ -18,7 +18,7 @@ ABOUT: Mapping[str, str] = {
     "exports": "a tiny random model is exported, with the format, size and sha256 that were said",
     "opens": "the opened artifact computes the logits of qhub's reference",
     "exact": "the codes, scales and zeros read back from the artifact are the model's",
-    "generates": "generate() goes on with the most likely token",
+    "generates": "generate() goes on with the most likely token, past stop tokens if asked to",
     "deterministic": "done twice, it gives the same bytes",
     "resumable": "killed with -9 in the middle and resumed, it gives the same bytes",
     "clean-errors": "damaged weights end in a clear error, not in a model",

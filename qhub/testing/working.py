@@ -28,10 +28,11 @@ from qhub.route.profile import profile
 from qhub.testing import tiny
 from qhub.testing.probe import Job, Record
 from qhub.testing.result import CheckFailedError, CheckSkippedError
-from qhub.types import Artifact, ModelSource, QuantizedModel, Recipe, Scheme
+from qhub.types import Artifact, ModelSource, OpenOptions, QuantizedModel, Recipe, Scheme
 
 EXPORTED = ("w4a16-g128-asym", "w4a16-g128-sym", "w4a16-g32-asym", "w4a16-g32-sym", "w8a16", "w4a16-channel-sym", "w4a16-channel-asym")
 _LAST_NOTE = "block-00001.json"  # of the walk: the second block is done when it appears
+_NEW_TOKENS = 4
 _LOGITS_SHARE = 0.02  # of the reference's size: what rounding in another order may change
 
 
@@ -271,7 +272,7 @@ def _artifact(runtime: Runtime, plugins: Plugins, folder: Path) -> None:
 
 
 def _with_session(runtime: Runtime, artifact: Path, use: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - a Session's results
-    session = runtime.open(artifact)
+    session = runtime.open(artifact, OpenOptions(threads=1))
     try:
         return use(session)
     finally:
@@ -282,12 +283,14 @@ def _generates(runtime: Runtime, artifact: Path) -> None:
     start = tiny.random_ids(1, 8)[0].tolist()
 
     def use(session: Any) -> tuple[list[int], list[int]]:  # noqa: ANN401 - a Session
-        found = [int(token) for token in session.generate(start, 4)]
+        found = [int(token) for token in session.generate(start, _NEW_TOKENS, until_stop=False)]
         tokens = list(start)
         for _ in found:
             tokens.append(int(session.logits(torch.tensor([tokens]).numpy())[0, -1].argmax()))
         return found, tokens[len(start) :]
 
     found, expected = _with_session(runtime, artifact, use)
+    if len(found) != _NEW_TOKENS:
+        raise CheckFailedError(f"asked to go on past stop tokens it generated {len(found)} of {_NEW_TOKENS} tokens")
     if found != expected:
         raise CheckFailedError(f"it generated {found} where its own logits say {expected}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from qhub import Artifact, Exporter, ModelProfile, QuantizedModel, Recipe, Runtime, Scheme, Target, hookimpl
+from qhub import Artifact, Exporter, ModelProfile, OpenOptions, QuantizedModel, Recipe, Runtime, Scheme, Target, Unsupported, hookimpl
 
 if TYPE_CHECKING:
     from qhub import Session
@@ -119,11 +119,16 @@ class HfRuntime(Runtime):
         """Runs wherever Python with torch runs."""
         return None if target.os in ("linux", "macos", "windows") else f"transformers does not run on `{target.os}`"
 
-    def open(self, path: Path) -> Session:
-        """Load the folder as any user of transformers would."""
+    def open(self, path: Path, options: OpenOptions = OpenOptions()) -> Session:  # noqa: B008 - frozen
+        """Load the folder as any user of transformers would; `threads` are torch's, of the whole process.
+
+        :raises Unsupported: when a kernel is asked for: torch chooses its own.
+        """
+        if options.kernel is not None:
+            raise Unsupported(f"`hf` has no kernel `{options.kernel}`: torch chooses its own", hint="leave out `--kernel`")
         from qhub_hf.session import HfSession
 
-        return HfSession(path)
+        return HfSession(path, options)
 
 
 @hookimpl

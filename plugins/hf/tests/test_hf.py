@@ -17,6 +17,7 @@ from tiny_models import quantize, quantized_logits, random_ids, tiny_model
 from qhub import (
     LayerShape,
     ModelProfile,
+    OpenOptions,
     QuantizedModel,
     QuantizedWeights,
     Quantizer,
@@ -241,6 +242,7 @@ def test_generation_ends_at_the_end_token(quantized, tmp_path):
         path.write_text(json.dumps(changed))
         session = HfRuntime().open(folder)
         assert list(session.generate(IDS[0, :10].tolist(), 8)) == said[: said.index(said[3])]
+        assert list(session.generate(IDS[0, :10].tolist(), 8, until_stop=False)) == said
         session.close()
 
 
@@ -279,3 +281,25 @@ def test_a_run_that_names_a_layout_says_what_was_checked(tmp_path):
     assert "QuantizedModel" not in ran.stderr
     why = "a runtime for this format is not installed here; codes, scales and zeros read back from the file: the same"
     assert artifact["parity"] == {"checked": False, "max_abs_diff": None, "codes_identical": True, "how": why}
+
+
+def test_top_p_leaves_only_the_most_probable_tokens(quantized):
+    session = HfRuntime().open(quantized.path)
+    greedy = list(session.generate(IDS[0, :10].tolist(), 8))
+    assert list(session.generate(IDS[0, :10].tolist(), 8, temperature=5.0, top_p=1e-6, seed=3)) == greedy
+    assert list(session.generate(IDS[0, :10].tolist(), 8, temperature=5.0, top_p=1.0, seed=3)) != greedy
+
+
+def test_options_choose_threads_and_float32(quantized):
+    before = torch.get_num_threads()
+    try:
+        session = HfRuntime().open(quantized.path, OpenOptions(threads=1, exact=True))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert {parameter.dtype for parameter in session.model.parameters() if parameter.is_floating_point()} == {torch.float32}
+
+
+def test_a_kernel_cannot_be_chosen(quantized):
+    with pytest.raises(Unsupported, match="`hf` has no kernel `avx2`: torch chooses its own"):
+        HfRuntime().open(quantized.path, OpenOptions(kernel="avx2"))

@@ -47,13 +47,18 @@ class Slot:
 
 @dataclass
 class Loaded:
-    """A model in memory: what `Session` works with. `owners` keeps the memory that the decoder looks at."""
+    """A model in memory: what `Session` works with. `owners` keeps the memory that the decoder looks at.
+
+    `bytes_per_token` of weights are read for a new token: every matrix. `mapped`: they came packed from the cache.
+    """
 
     family: Family
     decoder: Decoder
     pool: Pool
     options: Options
     packed_bytes: int
+    bytes_per_token: int
+    mapped: bool
     selector: Selector
     owners: tuple[Any, ...]
 
@@ -82,6 +87,8 @@ def load(folder: Path, options: Options) -> Loaded:
     :raises Unsupported: when the family or a scheme has no kernels here.
     :raises QhubError: when the folder is not a whole QuantizedModel.
     """
+    if not (folder / "qhub.json").exists():
+        raise Unsupported(f"`native` runs what qhub quantized: `{folder}` has no qhub.json", hint="`qhub run MODEL` makes such a folder")
     metadata = read_json(folder / "qhub.json")
     try:
         family = family_of(read_json(folder / "config.json"))
@@ -112,7 +119,9 @@ class _Loader:
         linears = {name: Linear.quantized(opened.matrix(name), entry.shape, entry.exponent) for name, entry in opened.entries.items()}
         decoder = self._decoder(linears)
         total = sum(entry.shape.packed_bytes for entry in opened.entries.values())
-        return Loaded(self.family, decoder, self.pool, self.options, total, self._selector(opened, linears), (opened, self.tensors))
+        dense = sum(self.tensors.info(f"{name}.weight").bytes for name, linear in linears.items() if not linear.is_packed)
+        selector, owners = self._selector(opened, linears), (opened, self.tensors)
+        return Loaded(self.family, decoder, self.pool, self.options, total, total + dense, opened.mapped, selector, owners)
 
     def _selector(self, opened: packs.Pack, linears: Mapping[str, Linear]) -> Selector:
         keys = {
@@ -205,7 +214,7 @@ class _Loader:
             decoder.add_layer(**stacks, norms=self._norms(block), window=self.family.windows[block], rope=self.family.ropes[block])
         rows = self.tensors.info(f"{self.prefix}embed_tokens.weight")
         embedding = Embedding(str(rows.file), rows.offset, rows.dtype, *rows.shape)
-        head = linears.get(self.head_name) or self._dense(self.head_name)
+        head = linears.get(self.head_name) or linears.setdefault(self.head_name, self._dense(self.head_name))
         decoder.set_ends(embedding, head, self._norm(f"{self.prefix}norm"))
         return decoder
 

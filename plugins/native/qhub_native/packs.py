@@ -80,6 +80,11 @@ class Pack:
         self.entries = entries
         self._memory = memory
 
+    @property
+    def mapped(self) -> bool:
+        """Whether it is a file's memory, not this process's own."""
+        return isinstance(self._memory, mmap.mmap)
+
     def matrix(self, name: str) -> NDArray[np.uint8]:
         """The bytes of matrix `name`."""
         entry = self.entries[name]

@@ -13,6 +13,9 @@ from qhub import QhubError
 from qhub_native import _native
 from qhub_native.load import Loaded, Options, load
 
+#: Bytes read to measure what memory gives: far more than caches hold.
+_SWEEP_BYTES = 512 << 20
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -65,26 +68,53 @@ class NativeSession:
 
         :raises QhubError: when there is no room for them; the conversation is as it was.
         """
-        if sequence.length + len(ids) > sequence.capacity:
-            message = f"`{len(ids)}` more tokens do not fit: {sequence.length} of {sequence.capacity} are taken"
-            raise QhubError(message, hint="shorten the prompt, or begin anew (`/reset` in a chat)")
+        check_room(sequence, len(ids))
         return self._step([sequence], [self._checked(ids)], "last")[0]
 
     def generate(
-        self, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0, sampling: Sampling | None = None
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        until_stop: bool = True,
+        sampling: Sampling | None = None,
     ) -> Iterator[int]:
-        """Token ids that continue `ids`, one at a time, until a stop token; `sampling` says more than temperature and seed."""
-        chosen = sampling or Sampling(temperature=temperature, seed=seed)
-        yield from self.reply(self.sequence(min(self.family.context, len(ids) + max_new_tokens)), ids, max_new_tokens, chosen)
+        """Token ids that continue `ids`, one at a time, until a stop token; `sampling` says more than the other words."""
+        chosen = sampling or Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        sequence = self.sequence(min(self.family.context, len(ids) + max_new_tokens))
+        yield from self.reply(sequence, ids, max_new_tokens, chosen, until_stop=until_stop)
 
-    def reply(self, sequence: _native.Sequence, ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """Append `ids` to the conversation and yield what follows; what is yielded and not yet appended is appended next."""
+    def conversation(self) -> NativeConversation:
+        """An empty conversation that keeps keys and values between turns."""
+        return NativeConversation(self, self.sequence())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one new token reads: every matrix, of the embedding one row."""
+        return self.loaded.bytes_per_token
+
+    @property
+    def how_loaded(self) -> str:
+        """Whether the weights had to be packed."""
+        return "mapped from the pack cache" if self.loaded.mapped else "packed"
+
+    def bandwidth(self, threads: int) -> float:
+        """Bytes per second that `threads` threads read from memory here; takes half a second."""
+        return float(_native.read_bandwidth(_native.Pool(threads), _SWEEP_BYTES, 0.5))
+
+    def reply(
+        self, sequence: _native.Sequence, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, *, until_stop: bool = True
+    ) -> Iterator[int]:
+        """Append `ids` to the conversation and yield what follows; a token is appended when the next one is asked for."""
         settings, random = sampling.native(), _native.Random(sampling.seed)
         seen = [int(token) for token in ids]
         logits = self.feed(sequence, seen)
         for count in range(max_new_tokens):
             token = _native.sample(logits, np.asarray(seen, dtype=np.int32), settings, random)
-            if token in self.stops:
+            if until_stop and token in self.stops:
                 return
             yield token
             seen.append(token)
@@ -111,3 +141,51 @@ class NativeSession:
     def close(self) -> None:
         """Give memory back."""
         del self.loaded
+
+
+class NativeConversation:
+    """A sequence of a session that outlives a reply: what `qhub chat` keeps between turns."""
+
+    #: Tokens that are read together.
+    at_once = 256
+
+    def __init__(self, session: NativeSession, sequence: _native.Sequence) -> None:
+        self._session, self._sequence = session, sequence
+
+    @property
+    def length(self) -> int:
+        """How many tokens' keys and values are kept."""
+        return int(self._sequence.length)
+
+    @property
+    def capacity(self) -> int:
+        """How many there is room for: the model's context."""
+        return int(self._sequence.capacity)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self._sequence.truncate(length)
+
+    def reply(
+        self, ids: Sequence[int], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[int]:
+        """Append `ids`, some at a time, so that an interruption need not wait for all, and yield what follows, until a stop token.
+
+        :raises QhubError: when there is no room for them; the conversation is as it was.
+        """
+        check_room(self._sequence, len(ids))
+        last = max(0, len(ids) - 1) // self.at_once * self.at_once
+        for start in range(0, last, self.at_once):
+            self._session.feed(self._sequence, ids[start : start + self.at_once])
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        yield from self._session.reply(self._sequence, ids[last:], max_new_tokens, sampling)
+
+
+def check_room(sequence: _native.Sequence, count: int) -> None:
+    """See that `count` more tokens fit.
+
+    :raises QhubError: when they do not.
+    """
+    if sequence.length + count > sequence.capacity:
+        message = f"`{count}` more tokens do not fit: {sequence.length} of {sequence.capacity} are taken"
+        raise QhubError(message, hint="shorten the prompt, or begin anew (`/reset` in a chat)")
