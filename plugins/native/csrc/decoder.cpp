@@ -7,7 +7,7 @@
 namespace qhub {
 namespace {
 
-constexpr size_t kActivationBytes = size_t{16} << 20;  // of the tokens that go through together
+constexpr size_t kActivationBytes = size_t{12} << 20;  // of the tokens that go through together
 constexpr size_t kRowsAtOnce = 8;     // rows of a chunk of element-wise work
 constexpr size_t kQueryRows = 32;     // rows of queries that walk over the keys together
 

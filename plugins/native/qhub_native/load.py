@@ -49,7 +49,7 @@ class Slot:
 class Loaded:
     """A model in memory: what `Session` works with. `owners` keeps the memory that the decoder looks at.
 
-    `bytes_per_token` of weights are read for a new token: every matrix. `mapped`: they came packed from the cache.
+    `bytes_per_token` of weights are read for a new token: every matrix. `from_cache`: they came packed from there.
     """
 
     family: Family
@@ -58,7 +58,7 @@ class Loaded:
     options: Options
     packed_bytes: int
     bytes_per_token: int
-    mapped: bool
+    from_cache: bool
     selector: Selector
     owners: tuple[Any, ...]
 
@@ -121,15 +121,14 @@ class _Loader:
         total = sum(entry.shape.packed_bytes for entry in opened.entries.values())
         dense = sum(self.tensors.info(f"{name}.weight").bytes for name, linear in linears.items() if not linear.is_packed)
         selector, owners = self._selector(opened, linears), (opened, self.tensors)
-        return Loaded(self.family, decoder, self.pool, self.options, total, total + dense, opened.mapped, selector, owners)
+        return Loaded(self.family, decoder, self.pool, self.options, total, total + dense, opened.from_cache, selector, owners)
 
     def _selector(self, opened: packs.Pack, linears: Mapping[str, Linear]) -> Selector:
         keys = {
             name: ShapeKey(entry.inputs, entry.rows, entry.bits, entry.group, entry.symmetric) for name, entry in opened.entries.items()
         }
-        return Selector(
-            by_shape((key, linears[name]) for name, key in keys.items()), self.pool, self.options.kernel if self.options.forced else None
-        )
+        forced = self.options.kernel if self.options.forced else None
+        return Selector(by_shape((key, linears[name]) for name, key in keys.items()), keys.get(self.head_name), self.pool, forced)
 
     def _slots(self) -> list[Slot]:
         slots = []
@@ -174,7 +173,7 @@ class _Loader:
             shapes[self.head_name] = self._head_shape()
         entries = packs.plan(shapes)
         memory = aligned(max(entry.offset + entry.shape.packed_bytes for entry in entries.values()))
-        made = packs.Pack(entries, memory)
+        made = packs.Pack(entries, memory, from_cache=False)
         for runs in self.groups.values():
             for names in runs:
                 if names[0] in self.schemes:

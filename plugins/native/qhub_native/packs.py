@@ -76,14 +76,10 @@ def _rounded(count: int) -> int:
 class Pack:
     """An opened pack: `matrix(name)` is a view of its bytes, valid as long as this object."""
 
-    def __init__(self, entries: Mapping[str, Entry], memory: NDArray[np.uint8]) -> None:
+    def __init__(self, entries: Mapping[str, Entry], memory: NDArray[np.uint8], *, from_cache: bool) -> None:
         self.entries = entries
+        self.from_cache = from_cache
         self._memory = memory
-
-    @property
-    def mapped(self) -> bool:
-        """Whether it is a file's memory, not this process's own."""
-        return isinstance(self._memory, mmap.mmap)
 
     def matrix(self, name: str) -> NDArray[np.uint8]:
         """The bytes of matrix `name`."""
@@ -101,7 +97,7 @@ def open_pack(path: Path, key: str, pool: Pool) -> Pack | None:
             header_bytes, entries = found
             start = _rounded(_PREFIX + header_bytes)
             count = os.fstat(file.fileno()).st_size - start
-        pack = Pack(entries, read_file(pool, str(path), start, count))
+        pack = Pack(entries, read_file(pool, str(path), start, count), from_cache=True)
     except (OSError, ValueError, RuntimeError):
         return None
     return pack if _is_whole(pack, count, pool) else None

@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib import metadata
 
 from qhub import cpu_model, read_cache, write_cache
-from qhub_native._native import BUCKETS, Linear, Pool, kernel_names, time_plan
+from qhub_native._native import BUCKETS, Linear, Pool, bucket, kernel_names, time_plan
 
 CACHE = "native-kernels.json"
 #: A number of rows that stands for each bucket: 1, 2 … 4, 5 … 8, 9 … 64, more.
@@ -54,49 +54,50 @@ class ShapeKey:
 
 
 class Selector:
-    """Plans for the matrices of one model. `linears` are its packed ones by shape."""
+    """Plans for the matrices of one model. `linears` are its packed ones by shape; `head` is the shape of the head."""
 
-    def __init__(self, linears: Mapping[ShapeKey, list[Linear]], pool: Pool, kernel: str | None) -> None:
-        self.linears, self.pool = linears, pool
+    def __init__(self, linears: Mapping[ShapeKey, list[Linear]], head: ShapeKey | None, pool: Pool, kernel: str | None) -> None:
+        self.linears, self.head, self.pool = linears, head, pool
         self.kernels = [kernel] if kernel else [name for name in kernel_names() if name != "scalar"] or ["scalar"]
-        self._ready: set[int] = set()
+        self._ready: set[tuple[ShapeKey, int]] = set()
         self._forced = kernel is not None
 
     @cached_property
     def _place(self) -> str:
         return f"{cpu_model()}; {metadata.version('qhub-native')}; {self.pool.threads} threads"
 
-    def prepare(self, bucket: int) -> None:
-        """See to it that products of this bucket have their plans: remembered ones, or measured now."""
-        if bucket in self._ready:
+    def prepare(self, rows: int, head_rows: int) -> None:
+        """See to it that products of so many rows have their plans: remembered ones, or measured now."""
+        wanted = {(key, bucket(head_rows if key == self.head else rows)) for key in self.linears} - self._ready
+        if not wanted:
             return
         known = {} if self._forced else self._remembered()
         fresh = {}
-        for key, alike in self.linears.items():
-            name = f"{key} m{ROWS[bucket]}"
+        for key, index in sorted(wanted, key=str):
+            name = f"{key} m{ROWS[index]}"
             choice = known.get(name)
             if choice is None or choice.kernel not in self.kernels:
-                choice = fresh[name] = self.measure(alike, bucket)
-            for linear in alike:
-                linear.set_plan(bucket, choice.kernel, choice.rows, choice.blocks)
+                choice = fresh[name] = self.measure(self.linears[key], index)
+            for linear in self.linears[key]:
+                linear.set_plan(index, choice.kernel, choice.rows, choice.blocks)
         if fresh and not self._forced:
             self._remember(fresh)
-        self._ready.add(bucket)
+        self._ready |= wanted
 
-    def measure(self, alike: list[Linear], bucket: int) -> Choice:
+    def measure(self, alike: list[Linear], index: int) -> Choice:
         """The fastest of the candidates."""
-        return min(self.candidates(alike, bucket), key=lambda choice: choice.seconds)
+        return min(self.candidates(alike, index), key=lambda choice: choice.seconds)
 
-    def candidates(self, alike: list[Linear], bucket: int) -> Iterator[Choice]:
+    def candidates(self, alike: list[Linear], index: int) -> Iterator[Choice]:
         """Every kernel with the first tiling, the fastest of them with the others."""
-        first = [self._timed(alike, bucket, kernel, *_TILES[bucket][0]) for kernel in self.kernels]
+        first = [self._timed(alike, index, kernel, *_TILES[index][0]) for kernel in self.kernels]
         yield from first
         best = min(first, key=lambda choice: choice.seconds).kernel
-        for rows, blocks in _TILES[bucket][1:]:
-            yield self._timed(alike, bucket, best, rows, blocks)
+        for rows, blocks in _TILES[index][1:]:
+            yield self._timed(alike, index, best, rows, blocks)
 
-    def _timed(self, alike: list[Linear], bucket: int, kernel: str, rows: int, blocks: int) -> Choice:
-        seconds = time_plan(alike, self.pool, ROWS[bucket], kernel, rows, blocks, _SECONDS[bucket])
+    def _timed(self, alike: list[Linear], index: int, kernel: str, rows: int, blocks: int) -> Choice:
+        seconds = time_plan(alike, self.pool, ROWS[index], kernel, rows, blocks, _SECONDS[index])
         return Choice(kernel, rows, blocks, seconds)
 
     def _remembered(self) -> dict[str, Choice]:

@@ -99,7 +99,7 @@ class NativeSession:
     @property
     def how_loaded(self) -> str:
         """Whether the weights had to be packed."""
-        return "mapped from the pack cache" if self.loaded.mapped else "packed"
+        return "read from the pack cache" if self.loaded.from_cache else "packed"
 
     def bandwidth(self, threads: int) -> float:
         """Bytes per second that `threads` threads read from memory here; takes half a second."""
@@ -125,9 +125,8 @@ class NativeSession:
 
     def _step(self, sequences: list[_native.Sequence], ids: list[NDArray[np.int32]], wanted: str) -> NDArray[np.float32]:
         if not self.loaded.options.exact:
-            rows = sum(map(len, ids))  # the head sees only the last of each sequence
-            for count in (rows, len(ids) if wanted == "last" else rows):
-                self.loaded.selector.prepare(_native.bucket(count))
+            rows = sum(map(len, ids))
+            self.loaded.selector.prepare(rows, len(ids) if wanted == "last" else rows)  # else the head sees every token
         return np.asarray(self.loaded.decoder.step(sequences, ids, wanted))
 
     def _checked(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int32]:
