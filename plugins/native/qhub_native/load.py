@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from numpy.typing import NDArray
 
 from qhub import QhubError, Scheme, Unsupported
 from qhub_native import packs
-from qhub_native._native import Architecture, Decoder, Embedding, Linear, Pool, Shape, pack, pack_float
+from qhub_native._native import Architecture, Decoder, Embedding, Linear, Pool
 from qhub_native.families import Family, family_of
-from qhub_native.layers import Stored, packed_shape, read_layer
+from qhub_native.matrices import STACKS, Matrices, Run, pack_all
 from qhub_native.selector import Selector, ShapeKey, by_shape
 from qhub_native.tensors import Tensors
 
-_HEAD_GROUPS = (128, 64, 32)
+_SIZES = ("hidden", "heads", "kv_heads", "dim", "ffn", "vocabulary", "context", "eps", "gate")
+_FACTORS = ("embedding_scale", "attention_scale", "attention_softcap", "logit_softcap")
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,6 @@ class Options:
     forced: bool = False  # the kernel was named: nothing else is tried
     cache: bool = True
     cache_bits: int = 16  # of keys and values on the fast path: 16 or 8
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where layers go: a stack of a decoder block, e.g. qkv of block 3, and the layers' full names."""
-
-    block: int
-    stack: str
-    names: tuple[str, ...]
 
 
 @dataclass
@@ -100,19 +91,17 @@ def load(folder: Path, options: Options) -> Loaded:
     if metadata.get("transposed"):
         raise Unsupported("`native` does not run layers that are stored transposed", hint="qhub eval DIR --runtime hf")
     try:
-        return _Loader(Tensors(folder), family, schemes, options).load()
+        return _Loader(Matrices(Tensors(folder), family, schemes), options).load()
     except (ValueError, TypeError, OverflowError, MemoryError) as error:  # what the binding and numpy say of shapes that do not fit
         first = str(error).strip().partition("\n")[0]
         raise QhubError(f"`{folder}` does not fit its config.json: {first}", hint="quantize the model again") from None
 
 
 class _Loader:
-    def __init__(self, tensors: Tensors, family: Family, schemes: Mapping[str, Scheme], options: Options) -> None:
-        self.tensors, self.family, self.schemes, self.options = tensors, family, schemes, options
+    def __init__(self, matrices: Matrices, options: Options) -> None:
+        self.matrices, self.options = matrices, options
+        self.tensors, self.family = matrices.tensors, matrices.family
         self.pool = Pool(options.threads)
-        self.prefix = "model." if "model.embed_tokens.weight" in tensors else ""
-        self.head_name = f"{self.prefix}embed_tokens" if family.tied or "lm_head.weight" not in tensors else "lm_head"
-        self.groups = self._grouped()
 
     def load(self) -> Loaded:
         opened = self._open_pack()
@@ -123,101 +112,33 @@ class _Loader:
         selector, owners = self._selector(opened, linears), (opened, self.tensors)
         return Loaded(self.family, decoder, self.pool, self.options, total, total + dense, opened.from_cache, selector, owners)
 
-    def _selector(self, opened: packs.Pack, linears: Mapping[str, Linear]) -> Selector:
-        keys = {
-            name: ShapeKey(entry.inputs, entry.rows, entry.bits, entry.group, entry.symmetric) for name, entry in opened.entries.items()
-        }
-        forced = self.options.kernel if self.options.forced else None
-        return Selector(by_shape((key, linears[name]) for name, key in keys.items()), keys.get(self.head_name), self.pool, forced)
-
-    def _slots(self) -> list[Slot]:
-        slots = []
-        for block in range(self.family.layers):
-            at = f"{self.prefix}layers.{block}"
-            attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-            qkv = (f"{attention}.qkv_proj",) if self.family.fused else tuple(f"{attention}.{x}_proj" for x in "qkv")
-            gate_up = (f"{mlp}.gate_up_proj",) if self.family.fused else (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-            slots += [Slot(block, "qkv", qkv), Slot(block, "out", (f"{attention}.o_proj",))]
-            slots += [Slot(block, "gate_up", gate_up), Slot(block, "down", (f"{mlp}.down_proj",))]
-        return slots
-
-    def _grouped(self) -> dict[tuple[int, str], list[tuple[str, ...]]]:
-        """Each stack's layers, those of one scheme that follow one another together."""
-        found: dict[tuple[int, str], list[tuple[str, ...]]] = {}
-        for slot in self._slots():
-            runs: list[tuple[str, ...]] = []
-            for name in slot.names:
-                alike = runs and name in self.schemes and self.schemes.get(runs[-1][0]) == self.schemes[name]
-                runs[-1:] = [(*runs[-1], name)] if alike else [*runs[-1:], (name,)]
-            found[slot.block, slot.stack] = runs
-        return found
-
     def _open_pack(self) -> packs.Pack:
-        key = packs.key_of(self.tensors.files.files(), {"exact": self.options.exact, "head": self.head_name})
+        key = packs.key_of(self.tensors.files.files(), {"exact": self.options.exact, "head": self.matrices.head})
         path = packs.cache_folder() / f"{key[:32]}.pack"
         opened = packs.open_pack(path, key, self.pool) if self.options.cache else None
         if opened is None:
-            opened = self._pack()
+            opened = pack_all(self.matrices, self.pool, exact=self.options.exact)
             if self.options.cache:
                 _keep(path, key, opened)
         return opened
 
-    def _pack(self) -> packs.Pack:
-        shapes = {
-            names[0]: packed_shape(self.tensors, names, self.schemes[names[0]])
-            for runs in self.groups.values()
-            for names in runs
-            if names[0] in self.schemes
-        }
-        if not self.options.exact:
-            shapes[self.head_name] = self._head_shape()
-        entries = packs.plan(shapes)
-        memory = aligned(max(entry.offset + entry.shape.packed_bytes for entry in entries.values()))
-        made = packs.Pack(entries, memory, from_cache=False)
-        for runs in self.groups.values():
-            for names in runs:
-                if names[0] in self.schemes:
-                    parts = [read_layer(self.tensors, name, self.schemes[name]) for name in names]
-                    entries[names[0]] = replace(
-                        entries[names[0]], exponent=self._pack_parts(shapes[names[0]], parts, made.matrix(names[0]))
-                    )
-                    self.tensors.release()
-        if self.head_name in entries:
-            self._pack_head(entries[self.head_name].shape, made.matrix(self.head_name))
-        for name, entry in entries.items():
-            entries[name] = replace(entry, checksum=packs.checksum(self.pool, made.matrix(name)))
-        return made
-
-    def _pack_parts(self, shape: Shape, parts: list[Stored], memory: NDArray[np.uint8]) -> int:
-        try:
-            return int(pack(self.pool, shape, [part.part() for part in parts], memory))
-        except ValueError as error:
-            raise QhubError(
-                f"a layer of `{self.tensors.files.folder}` does not fit its scheme: {error}", hint="quantize the model again"
-            ) from None
-
-    def _head_shape(self) -> Shape:
-        rows, inputs = self.tensors.info(f"{self.head_name}.weight").shape
-        group = next((size for size in _HEAD_GROUPS if inputs % size == 0), 32)
-        return Shape(rows, inputs, group=group, bits=8, symmetric=True)
-
-    def _pack_head(self, shape: Shape, memory: NDArray[np.uint8]) -> None:
-        name = f"{self.head_name}.weight"
-        pack_float(self.pool, shape, self.tensors.raw(name), self.tensors.info(name).dtype, memory)
-        self.tensors.release()
+    def _selector(self, opened: packs.Pack, linears: dict[str, Linear]) -> Selector:
+        keys = {name: ShapeKey(made.inputs, made.rows, made.bits, made.group, made.symmetric) for name, made in opened.entries.items()}
+        forced = self.options.kernel if self.options.forced else None
+        return Selector(by_shape((key, linears[name]) for name, key in keys.items()), keys.get(self.matrices.head), self.pool, forced)
 
     def _decoder(self, linears: dict[str, Linear]) -> Decoder:
         decoder = Decoder(_architecture(self.family), list(self.family.tables), self.pool, self.options.kernel, self.options.exact)
         for block in range(self.family.layers):
-            stacks = {stack: self._stack(linears, self.groups[block, stack]) for stack in ("qkv", "out", "gate_up", "down")}
+            stacks = {stack: self._stack(linears, self.matrices.runs[block, stack]) for stack in STACKS}
             decoder.add_layer(**stacks, norms=self._norms(block), window=self.family.windows[block], rope=self.family.ropes[block])
-        rows = self.tensors.info(f"{self.prefix}embed_tokens.weight")
+        rows = self.tensors.info(f"{self.matrices.prefix}embed_tokens.weight")
         embedding = Embedding(str(rows.file), rows.offset, rows.dtype, *rows.shape)
-        head = linears.get(self.head_name) or linears.setdefault(self.head_name, self._dense(self.head_name))
-        decoder.set_ends(embedding, head, self._norm(f"{self.prefix}norm"))
+        head = linears.get(self.matrices.head) or linears.setdefault(self.matrices.head, self._dense(self.matrices.head))
+        decoder.set_ends(embedding, head, self._norm(f"{self.matrices.prefix}norm"))
         return decoder
 
-    def _stack(self, linears: dict[str, Linear], runs: list[tuple[str, ...]]) -> list[Linear]:
+    def _stack(self, linears: dict[str, Linear], runs: list[Run]) -> list[Linear]:
         stack = []
         for names in runs:
             linear = linears.get(names[0]) or linears.setdefault(names[0], self._dense(names[0]))
@@ -236,7 +157,7 @@ class _Loader:
         return Linear.dense(self.tensors.raw(f"{name}.weight"), info.dtype, *info.shape)
 
     def _norms(self, block: int) -> dict[str, NDArray[np.float32]]:
-        at = f"{self.prefix}layers.{block}"
+        at = f"{self.matrices.prefix}layers.{block}"
         names = {"attention": f"{at}.input_layernorm", "mlp": f"{at}.post_attention_layernorm"}
         if self.family.gemma:
             names |= {
@@ -263,20 +184,8 @@ def _keep(path: Path, key: str, made: packs.Pack) -> None:
     threading.Thread(target=write, name="qhub-native-pack").start()
 
 
-def aligned(count: int) -> NDArray[np.uint8]:
-    """`count` bytes that begin at a multiple of 4096."""
-    memory = np.empty(count + 4096, dtype=np.uint8)
-    start = -memory.ctypes.data % 4096
-    return memory[start : start + count]
-
-
 def _architecture(family: Family) -> Architecture:
     made = Architecture()
-    for name in ("hidden", "heads", "kv_heads", "dim", "ffn", "vocabulary", "context", "eps", "gate", "embedding_scale"):
+    for name in (*_SIZES, *_FACTORS):
         setattr(made, name, getattr(family, name))
-    made.attention_scale, made.attention_softcap, made.logit_softcap = (
-        family.attention_scale,
-        family.attention_softcap,
-        family.logit_softcap,
-    )
     return made

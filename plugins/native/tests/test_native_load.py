@@ -54,10 +54,10 @@ def logits(opened):
 # The pack cache.
 
 
-def test_the_second_start_maps_what_the_first_one_packed(folder, own_caches, monkeypatch):
+def test_the_second_start_reads_what_the_first_one_packed(folder, own_caches, monkeypatch):
     first = logits(session(folder))
     assert len(packs_of(own_caches)) == 1
-    monkeypatch.setattr("qhub_native.load.pack", None)  # packing again would fail
+    monkeypatch.setattr("qhub_native.matrices.pack", None)  # packing again would fail
     assert np.array_equal(logits(session(folder)), first)
 
 
