@@ -79,7 +79,9 @@ def load(folder: Path, options: Options) -> Loaded:
     :raises QhubError: when the folder is not a whole QuantizedModel.
     """
     if not (folder / "qhub.json").exists():
-        raise Unsupported(f"`native` runs what qhub quantized: `{folder}` has no qhub.json", hint="`qhub run MODEL` makes such a folder")
+        raise Unsupported(
+            f"`{folder}` is not a model that qhub quantized: it has no qhub.json", hint="`qhub run MODEL` makes such a folder"
+        )
     metadata = read_json(folder / "qhub.json")
     try:
         family = family_of(read_json(folder / "config.json"))
