@@ -58,7 +58,9 @@ struct Tiles {
     std::memset(bytes, 0, sizeof bytes);
   }
   void release() { config = TileConfig{}; }
-  void check(int tile) const { require(config.palette == 1 && config.rows[tile] && config.row_bytes[tile], "a tile is used that is not configured"); }
+  void check(int tile) const {
+    require(config.palette == 1 && config.rows[tile] && config.row_bytes[tile], "a tile is used that is not configured");
+  }
   void zero(int tile) {
     check(tile);
     std::memset(bytes[tile], 0, sizeof bytes[tile]);
@@ -82,7 +84,10 @@ struct Tiles {
         for (int column = 0; column < config.row_bytes[b] / 4; ++column) {
           int32_t sum;
           std::memcpy(&sum, bytes[sums][row] + 4 * column, sizeof sum);
-          for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(bytes[a][row][4 * step + i]) * static_cast<int8_t>(bytes[b][step][4 * column + i]);
+          for (int i = 0; i < 4; ++i) {
+            const int left = static_cast<int8_t>(bytes[a][row][4 * step + i]), right = static_cast<int8_t>(bytes[b][step][4 * column + i]);
+            sum += left * right;
+          }
           std::memcpy(bytes[sums][row] + 4 * column, &sum, sizeof sum);
         }
   }

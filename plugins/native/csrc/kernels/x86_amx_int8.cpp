@@ -217,8 +217,10 @@ void multiply_pass(const Pass& p, const Tile& tile) {
     multiply_groups(p, begin, end);
   }
   for (size_t m = 0; m < p.rows; ++m)
-    for (int side = 0; side < 2; ++side)
-      _mm512_mask_storeu_ps(tile.y + (p.row + m) * tile.stride + p.block[side] * kBlock, valid(p.w, p.block[side]), _mm512_load_ps(p.panel.totals[m][side]));
+    for (int side = 0; side < 2; ++side) {
+      float* y = tile.y + (p.row + m) * tile.stride + p.block[side] * kBlock;
+      _mm512_mask_storeu_ps(y, valid(p.w, p.block[side]), _mm512_load_ps(p.panel.totals[m][side]));
+    }
 }
 
 void multiply(const Weights& w, const Quantized& x, const Tile& tile, uint8_t* panel) {

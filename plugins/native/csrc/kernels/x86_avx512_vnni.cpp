@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kRows = 12;        // rows of activations that a pair of blocks meets at once: 24 of 32 registers are sums
 constexpr int kFewRows = 3;      // up to here memory decides: one block at a time is one stream to read
-constexpr size_t kAhead = 4096;  // bytes between the codes that are multiplied and those that memory is asked for
+constexpr size_t kAhead = 8192;  // bytes between the codes that are multiplied and those that memory is asked for
 
 inline __m512i line_at(const uint8_t* address) { return _mm512_loadu_si512(address); }
 inline void ask_for(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0); }
@@ -80,7 +80,10 @@ __attribute__((noinline)) void group_sums(const Group<Blocks>& group, const int8
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int b = 0; b < Blocks; ++b) _mm512_store_si512(to[m][b], kChains == 1 ? sums[m][b][0] : _mm512_add_epi32(sums[m][b][0], sums[m][b][kChains - 1]));
+    for (int b = 0; b < Blocks; ++b) {
+      const __m512i first = sums[m][b][0], second = sums[m][b][kChains - 1];
+      _mm512_store_si512(to[m][b], kChains == 1 ? first : _mm512_add_epi32(first, second));
+    }
 }
 
 // M rows from `first` times the given blocks, which may be the same at the right edge.
@@ -185,7 +188,8 @@ void exact_rows(const Weights& w, const float* x, const Tile& tile, size_t first
     for (size_t i = 0; i < lines; ++i, line += kLine) {
       const __m512i codes = line_at(line);
       for (size_t j = 0; j < per_line; ++j) {
-        const __m512i code = _mm512_and_si512(_mm512_srl_epi32(codes, _mm_cvtsi32_si128(static_cast<int>(8 * (j % 4) + 4 * (j / 4)))), mask);
+        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(8 * (j % 4) + 4 * (j / 4)));
+        const __m512i code = _mm512_and_si512(_mm512_srl_epi32(codes, shift), mask);
         const __m512 weight = _mm512_cvtepi32_ps(_mm512_sub_epi32(code, zero));
         const size_t k = g * w.group + i * per_line + j;
         for (int m = 0; m < M; ++m) sums[m] = _mm512_fmadd_ps(_mm512_set1_ps(row[m][k]), weight, sums[m]);
@@ -194,8 +198,10 @@ void exact_rows(const Weights& w, const float* x, const Tile& tile, size_t first
     const __m512 scale = scales(w, block, g);
     for (int m = 0; m < M; ++m) total[m] = _mm512_fmadd_ps(scale, sums[m], total[m]);
   }
-  for (int m = 0; m < M; ++m)
-    _mm512_mask_storeu_ps(tile.y + (first + m) * tile.stride + block * kBlock, valid(w, block), _mm512_mul_ps(total[m], _mm512_set1_ps(factor)));
+  for (int m = 0; m < M; ++m) {
+    float* y = tile.y + (first + m) * tile.stride + block * kBlock;
+    _mm512_mask_storeu_ps(y, valid(w, block), _mm512_mul_ps(total[m], _mm512_set1_ps(factor)));
+  }
 }
 
 void multiply_exact(const Weights& w, const float* x, const Tile& tile) {

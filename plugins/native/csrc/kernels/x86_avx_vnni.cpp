@@ -49,7 +49,10 @@ inline void group_sums(const uint8_t* line, size_t group, const int8_t* const* q
       }
     }
   for (int m = 0; m < M; ++m)
-    for (int half = 0; half < 2; ++half) sums[m][half] = kSets == 2 ? _mm256_add_epi32(part[0][m][half], part[1][m][half]) : part[0][m][half];
+    for (int half = 0; half < 2; ++half) {
+      sums[m][half] = part[0][m][half];
+      if (kSets == 2) sums[m][half] = _mm256_add_epi32(sums[m][half], part[kSets - 1][m][half]);
+    }
 }
 
 #include "x86_avx2.inc"

@@ -50,7 +50,8 @@ Activations quantized(const Problem& p, const Kernel& kernel) {
   for (size_t row = 0; row < p.rows; ++row) {
     Buffer<float> x(w.inputs);  // not the padding: quantize may not read it
     std::memcpy(x.data(), p.x.data() + row * p.padded, w.inputs * sizeof(float));
-    kernel.quantize(x.data(), w, std::ldexp(1.0f, w.exponent), a.q.data() + row * p.padded, a.scale.data() + row * p.groups, a.sum.data() + row * p.groups);
+    const size_t at = row * p.groups;
+    kernel.quantize(x.data(), w, std::ldexp(1.0f, w.exponent), a.q.data() + row * p.padded, a.scale.data() + at, a.sum.data() + at);
   }
   return a;
 }
@@ -87,8 +88,8 @@ void check_tile(Run& run, const Problem& p, const Tile& tile, const Buffer<float
   for (size_t row = 0; row < rows; ++row)
     for (size_t n = 0; n < tile.stride; ++n) {
       const float value = y[row * tile.stride + n];
-      const bool inside = row >= tile.row && row < tile.row_end && n >= tile.block * kBlock && n < std::min(tile.block_end * kBlock, p.shape.outputs);
-      if (!inside) {
+      const bool column = n >= tile.block * kBlock && n < std::min(tile.block_end * kBlock, p.shape.outputs);
+      if (!column || row < tile.row || row >= tile.row_end) {
         guards = guards && value == kGuard;
         continue;
       }
@@ -100,8 +101,9 @@ void check_tile(Run& run, const Problem& p, const Tile& tile, const Buffer<float
                             std::to_string(rows) + ", blocks " + std::to_string(tile.block) + ":" + std::to_string(tile.block_end);
   run.check(guards, where + " wrote outside its tile");
   const size_t row = worst / p.shape.outputs, n = worst % p.shape.outputs;
-  run.check(excess <= 0, where + " y[" + std::to_string(row) + ", " + std::to_string(n) + "] = " + number(static_cast<double>(y[row * tile.stride + n])) +
-                             ", expected " + number(expected.y[worst]) + " ± " + number(expected.bound[worst]));
+  run.check(excess <= 0, where + " y[" + std::to_string(row) + ", " + std::to_string(n) + "] = " +
+                             number(static_cast<double>(y[row * tile.stride + n])) + ", expected " + number(expected.y[worst]) + " ± " +
+                             number(expected.bound[worst]));
 }
 
 struct Operands {
@@ -157,7 +159,8 @@ void run_grid(std::vector<Run>& runs, const Grid& grid) {
     for (size_t outputs : grid.outputs)
       for (size_t group : grid.groups)
         for (int bits : {4, 8})
-          for (bool symmetric : {true, false}) run_case(runs, {inputs, outputs, group, bits, symmetric, symmetric ? 0 : -9, Values::random}, grid);
+          for (bool symmetric : {true, false})
+            run_case(runs, {inputs, outputs, group, bits, symmetric, symmetric ? 0 : -9, Values::random}, grid);
   run_case(runs, {100, 24, 32, 4, false, 0, Values::random}, {{}, {}, {grid.many}, {}, 0});
   for (Values values : {Values::zeros, Values::saturating, Values::vanishing, Values::tiny, Values::huge})
     for (size_t group : grid.groups)

@@ -22,7 +22,8 @@ namespace qhub::test {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t count = 0) : count_(count), data_(static_cast<T*>(::operator new(count ? count * sizeof(T) : 1, std::align_val_t{64}))) {
+  explicit Buffer(size_t count = 0) : count_(count) {
+    data_ = static_cast<T*>(::operator new(count ? count * sizeof(T) : 1, std::align_val_t{64}));
     std::memset(static_cast<void*>(data_), 0, count * sizeof(T));
   }
   Buffer(Buffer&& other) noexcept : count_(other.count_), data_(other.data_) {
@@ -144,8 +145,10 @@ inline void fill_group(Problem& p, size_t output, size_t g, Random& random) {
 
 inline Problem make_problem(const Case& c, size_t rows) {
   const size_t groups = (c.inputs + c.group - 1) / c.group, padded = groups * c.group, blocks = (c.outputs + kBlock - 1) / kBlock;
-  Problem p{c, rows, padded, groups, blocks, {}, {}, Buffer<uint8_t>(blocks * kBlock * padded * static_cast<size_t>(c.bits) / 8),
-            Buffer<uint16_t>(blocks * groups * kBlock), Buffer<uint8_t>(c.symmetric ? 0 : blocks * groups * kBlock), Buffer<float>(rows * padded)};
+  const size_t bytes = blocks * kBlock * padded * static_cast<size_t>(c.bits) / 8, scales = blocks * groups * kBlock;
+  const size_t zeros = c.symmetric ? 0 : scales;
+  Problem p{c, rows, padded, groups, blocks, {}, {},
+            Buffer<uint8_t>(bytes), Buffer<uint16_t>(scales), Buffer<uint8_t>(zeros), Buffer<float>(rows * padded)};
   p.weight.resize(c.outputs * padded);
   p.scale.resize(c.outputs * groups);
   Random random(static_cast<uint32_t>(c.inputs * 31 + c.outputs * 7 + c.group + static_cast<size_t>(c.bits)));
@@ -204,7 +207,11 @@ inline Expected expect_exact(const Problem& p) {
         const float* x = p.x.data() + row * p.padded + g * p.shape.group;
         const int32_t* weight = p.weight.data() + n * p.padded + g * p.shape.group;
         double dot = 0, size = 0;
-        for (size_t k = 0; k < p.shape.group; ++k) dot += static_cast<double>(x[k]) * weight[k], size += std::fabs(static_cast<double>(x[k])) * std::abs(weight[k]);
+        for (size_t k = 0; k < p.shape.group; ++k) {
+          const double product = static_cast<double>(x[k]) * weight[k];
+          dot += product;
+          size += std::fabs(product);
+        }
         y += p.scale[n * p.groups + g] * dot;
         magnitude += p.scale[n * p.groups + g] * size;
       }
