@@ -17,7 +17,7 @@ from qhub_native._native import BUCKETS, Linear, Pool, bucket, kernel_names, tim
 
 CACHE = "native-kernels.json"
 #: A number of rows that stands for each bucket: 1, 2 … 4, 5 … 8, 9 … 64, more.
-ROWS = (1, 4, 8, 32, 256)
+ROWS = (1, 4, 8, 32, 128)
 _SECONDS = (0.004, 0.004, 0.004, 0.01, 0.03)
 #: (rows, blocks) of tiles; 0 blocks: an eighth of a thread's share.
 _TILES = (
@@ -72,25 +72,23 @@ class Selector:
         if not wanted:
             return
         known = {} if self._forced else self._remembered()
-        fresh = {}
         for key, index in sorted(wanted, key=str):
             name = f"{key} m{ROWS[index]}"
             choice = known.get(name)
             if choice is None or choice.kernel not in self.kernels:
-                choice = fresh[name] = self.measure(self.linears[key], index)
+                choice = self.measure(self.linears[key], index)
+                self._remember(name, choice)
             for linear in self.linears[key]:
                 linear.set_plan(index, choice.kernel, choice.rows, choice.blocks)
-        if fresh and not self._forced:
-            self._remember(fresh)
-        self._ready |= wanted
+            self._ready.add((key, index))
 
     def measure(self, alike: list[Linear], index: int) -> Choice:
         """The fastest of the candidates."""
         return min(self.candidates(alike, index), key=lambda choice: choice.seconds)
 
     def candidates(self, alike: list[Linear], index: int) -> Iterator[Choice]:
-        """Every kernel with the first tiling, the fastest of them with the others."""
-        first = [self._timed(alike, index, kernel, *_TILES[index][0]) for kernel in self.kernels]
+        """The best two kernels (the list is best first) with the first tiling, the faster one with the others."""
+        first = [self._timed(alike, index, kernel, *_TILES[index][0]) for kernel in self.kernels[:2]]
         yield from first
         best = min(first, key=lambda choice: choice.seconds).kernel
         for rows, blocks in _TILES[index][1:]:
@@ -106,11 +104,13 @@ class Selector:
             return {}
         return {name: Choice(**entry) for name, entry in entries.items() if _is_choice(entry)}
 
-    def _remember(self, fresh: Mapping[str, Choice]) -> None:
+    def _remember(self, name: str, choice: Choice) -> None:
+        if self._forced:
+            return
         everything = read_cache(CACHE)
         entries = everything.get(self._place)
         kept = entries if isinstance(entries, Mapping) else {}
-        everything[self._place] = {**kept, **{name: asdict(choice) for name, choice in fresh.items()}}
+        everything[self._place] = {**kept, name: asdict(choice)}
         write_cache(CACHE, everything)
 
 

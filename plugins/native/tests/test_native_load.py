@@ -286,7 +286,7 @@ def test_no_damage_to_a_model_crashes_the_loader(own_caches, monkeypatch):
 
 
 def test_a_folder_that_is_no_model_is_one_clear_error(tmp_path):
-    with pytest.raises(QhubError, match="has no qhub.json") as caught:
+    with pytest.raises(QhubError, match=r"has no qhub\.json") as caught:
         session(tmp_path)
     assert "qhub run" in caught.value.hint
 
