@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from qhub import QhubError, TensorInfo, WeightFiles
 
+_ALIGNED = 8
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
 
@@ -35,9 +36,10 @@ class Tensors:
             raise QhubError(f"`{self.files.folder}` has no tensor `{name}`", hint=f"qhub inspect {self.files.folder}") from None
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of `name`, read-only, valid as long as this object."""
+        """The bytes of `name`, valid as long as this object; a copy where the file does not keep numbers aligned."""
         info = self.info(name)
-        return np.frombuffer(self._map(info.file), dtype=np.uint8, count=info.bytes, offset=info.offset)
+        found = np.frombuffer(self._map(info.file), dtype=np.uint8, count=info.bytes, offset=info.offset)
+        return found.copy() if info.offset % _ALIGNED else found
 
     def array(self, name: str) -> NDArray[np.generic]:
         """Tensor `name` in its shape; BF16 as float32 (a copy), other dtypes as they are stored."""

@@ -285,6 +285,15 @@ def test_no_damage_to_a_model_crashes_the_loader(own_caches, monkeypatch):
     assert answers["ran"] < sum(answers.values())
 
 
+def test_a_file_whose_numbers_are_not_aligned_gives_the_same_logits(folder):
+    before = logits(session(folder))
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :])
+    assert np.array_equal(logits(session(folder)), before)
+
+
 def test_a_folder_that_is_no_model_is_one_clear_error(tmp_path):
     with pytest.raises(QhubError, match=r"has no qhub\.json") as caught:
         session(tmp_path)
