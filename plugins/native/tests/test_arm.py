@@ -23,10 +23,17 @@ PROCESSORS = {
 }
 
 
+OPTIONS = (
+    "-DCMAKE_SYSTEM_NAME=Linux",
+    "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+    f"-DCMAKE_CXX_COMPILER={COMPILER}",
+    "-DCMAKE_EXE_LINKER_FLAGS=-static",
+)
+
+
 @pytest.fixture(scope="module")
 def program(native_program) -> Path:
-    options = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
-    return native_program("kernels_test", *options, "-DCMAKE_EXE_LINKER_FLAGS=-static")
+    return native_program("kernels_test", *OPTIONS)
 
 
 def run(program: Path, processor: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,3 +55,9 @@ def test_best_kernel_of_the_processor_agrees_with_float64(program, processor):
 
 def test_kernel_of_a_newer_processor_is_refused(program):
     assert run(program, "cortex-a72", "neon_dotprod").returncode == 2
+
+
+def test_vector_operations_agree_with_float64(native_program):
+    result = run(native_program("ops_test", *OPTIONS), "cortex-a72")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.fullmatch(r"ops neon: \d{4,} numbers ok\nops scalar: \d{4,} numbers ok\n", result.stdout)
