@@ -318,6 +318,8 @@ class Runtime(Component):
     """An engine that runs artifacts of certain `formats`."""
 
     formats: ClassVar[tuple[str, ...]] = ()
+    #: Whether it rounds activations unless `OpenOptions.exact` is set: then that is how an artifact is verified.
+    rounds_activations: ClassVar[bool] = False
 
     def reject(self, target: Target) -> str | None:
         """Why this engine does not run on a device with these facts."""

@@ -11,6 +11,7 @@ from qhub.errors import DamagedModelError, QhubError
 from qhub.quantize.layouts.reader import PackedWeights, open_packed
 from qhub.quantize.store import QuantizedWeights
 from qhub.skeleton import Skeleton, run_block
+from qhub.types import OpenOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,7 @@ def reference_logits(quantized: Path, ids: torch.Tensor) -> torch.Tensor:
 def compare_logits(quantized: Path, artifact: Path, runtime: Runtime, ids: NDArray[np.int64]) -> dict[str, Any]:
     """Open `artifact` in `runtime` and compare its logits on ids (B, T) with the reference; compare codes where they can be read."""
     expected = reference_logits(quantized, torch.from_numpy(ids))
-    session = runtime.open(artifact)
+    session = runtime.open(artifact, OpenOptions(exact=runtime.rounds_activations))
     try:
         found = torch.from_numpy(session.logits(ids))
     finally:
@@ -43,7 +44,7 @@ def compare_logits(quantized: Path, artifact: Path, runtime: Runtime, ids: NDArr
         "checked": True,
         "max_abs_diff": float((found - expected).abs().max()),
         "codes_identical": codes_identical(quantized, artifact),
-        "how": f"opened with `{runtime.name}`; logits of {ids.size} tokens against qhub's reference; codes read back from the file",
+        "how": f"opened with `{runtime.name}`{' (exact path)' if runtime.rounds_activations else ''}; logits of {ids.size} tokens against qhub's reference; codes read back from the file",
     }
 
 

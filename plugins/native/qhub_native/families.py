@@ -20,6 +20,7 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {"gemma": True, "head_norms": True},
     "phi3": {"fused": True},
 }
+MOST_LAYERS, MOST_DIM = 10_000, 65_536
 _GATES = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
 
 
@@ -66,6 +67,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     traits = _FAMILIES[kind]
     hidden, heads, layers = int(config["hidden_size"]), int(config["num_attention_heads"]), int(config["num_hidden_layers"])
     dim = int(config.get("head_dim") or hidden // heads)
+    _check_sizes(layers, dim)
     context = int(config["max_position_embeddings"])
     windows = _windows(config, layers)
     tables, ropes = _ropes(config, windows, dim, context)
@@ -93,6 +95,13 @@ def family_of(config: Mapping[str, Any]) -> Family:
         head_norms=bool(traits.get("head_norms")),
         stops=_stops(config),
     )
+
+
+def _check_sizes(layers: int, dim: int) -> None:
+    """Refuse what no model has, before anything is allocated for it."""
+    if not 0 < layers <= MOST_LAYERS or not 0 < dim <= MOST_DIM:
+        message = f"{layers} layers with heads of {dim}"
+        raise ValueError(message)
 
 
 def _gate(config: Mapping[str, Any]) -> int:

@@ -24,6 +24,7 @@ class NativeRuntime(Runtime):
     distribution = "qhub-native"
     requires = ("tokenizers",)
     formats = ("compressed-tensors",)
+    rounds_activations = True
 
     def reject(self, target: Target) -> str | None:
         """Runs on 64-bit x86 and Arm processors under Linux and macOS."""
