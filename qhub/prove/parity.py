@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def reference_logits(quantized: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, V) float32 of the float model's code on dequantized weights, computed in the model's own dtype."""
-    skeleton = Skeleton(QuantizedWeights(quantized))
+def reference_logits(quantized: Path, ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Logits (B, T, V) float32 of the float model's code on dequantized weights, computed in `dtype` (None: the model's own)."""
+    skeleton = Skeleton(QuantizedWeights(quantized, dtype), dtype=dtype)
     skeleton.learn_output_form(ids)
     hidden, calls = skeleton.embed(ids)
     for index in range(len(skeleton.block_names)):
@@ -34,17 +34,19 @@ def reference_logits(quantized: Path, ids: torch.Tensor) -> torch.Tensor:
 
 def compare_logits(quantized: Path, artifact: Path, runtime: Runtime, ids: NDArray[np.int64]) -> dict[str, Any]:
     """Open `artifact` in `runtime` and compare its logits on ids (B, T) with the reference; compare codes where they can be read."""
-    expected = reference_logits(quantized, torch.from_numpy(ids))
-    session = runtime.open(artifact, OpenOptions(exact=runtime.rounds_activations))
+    exact = runtime.rounds_activations  # it computes in float32 then, and so does the reference
+    expected = reference_logits(quantized, torch.from_numpy(ids), torch.float32 if exact else None)
+    session = runtime.open(artifact, OpenOptions(exact=exact))
     try:
         found = torch.from_numpy(session.logits(ids))
     finally:
         session.close()
+    opened = f"opened with `{runtime.name}`{' (exact path)' if exact else ''}"
     return {
         "checked": True,
         "max_abs_diff": float((found - expected).abs().max()),
         "codes_identical": codes_identical(quantized, artifact),
-        "how": f"opened with `{runtime.name}`{' (exact path)' if runtime.rounds_activations else ''}; logits of {ids.size} tokens against qhub's reference; codes read back from the file",
+        "how": f"{opened}; logits of {ids.size} tokens against qhub's reference; codes read back from the file",
     }
 
 

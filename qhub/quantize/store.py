@@ -221,10 +221,13 @@ def _config_group(scheme: Scheme, placement: Placement, targets: list[str]) -> d
 
 
 class QuantizedWeights:
-    """The weights of a QuantizedModel under the float model's names: `X.weight` is there, dequantized when it is read."""
+    """The weights of a QuantizedModel under the float model's names: `X.weight` is there, dequantized when it is read.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `dtype` is what they are dequantized in; None: the model's.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self.folder, self.dtype = folder, dtype
         self.files = WeightFiles.open(folder)
         self.metadata = read_metadata(folder)
         self.schemes = {name: Scheme.parse(text) for name, text in self.metadata["layers"].items()}
@@ -243,11 +246,11 @@ class QuantizedWeights:
         return stored_dtype(self.files)
 
     def read(self, name: str) -> torch.Tensor:
-        """Tensor `name`: as stored if float, else dequantized in the model's dtype, the way round that the float files have it."""
+        """Tensor `name`: as stored if float, else dequantized, the way round that the float files have it."""
         if name in self.files:
             return read_tensor(self.files, name)
         layer = name.removesuffix(".weight")
-        dtype = read_tensor(self.files, f"{layer}.weight_scale").dtype
+        dtype = self.dtype or read_tensor(self.files, f"{layer}.weight_scale").dtype
         weight = self.layer(layer).dequantize(dtype)
         return weight.t().contiguous() if layer in self.transposed else weight
 
