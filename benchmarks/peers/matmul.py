@@ -67,7 +67,7 @@ def per_product(case: Case, call: Callable[[], object]) -> Measure:
 def qhub(case: Case) -> Measure:
     """This project's kernels with the plan that its selector finds for these rows; timed behind the binding, as the runtime calls it."""
     from qhub_native._native import Linear, Part, Pool, Shape, bucket, pack, time_plan
-    from qhub_native.load import aligned
+    from qhub_native.matrices import aligned
     from qhub_native.selector import Selector
 
     pool = Pool(case.threads)
@@ -77,7 +77,7 @@ def qhub(case: Case) -> Measure:
         memory = aligned(shape.packed_bytes)
         part = Part(case.packed(seed), case.scale(), None, bits=4, every=GROUP)
         matrices.append(Linear.quantized(memory, shape, pack(pool, shape, [part], memory)))
-    plan = Selector({}, pool, None).measure(matrices, bucket(case.rows))
+    plan = Selector({}, None, pool, None).measure(matrices, bucket(case.rows))
     settings = (pool, case.rows, plan.kernel, plan.rows, plan.blocks, case.copies * plan.seconds)
     return lambda: time_plan(matrices, *settings)
 

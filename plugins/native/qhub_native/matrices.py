@@ -63,7 +63,7 @@ def pack_all(matrices: Matrices, pool: Pool, *, exact: bool) -> packs.Pack:
     if rounded:
         shapes[matrices.head] = _head_shape(matrices)
     entries = packs.plan(shapes)
-    memory = _aligned(max((entry.offset + entry.shape.packed_bytes for entry in entries.values()), default=0))
+    memory = aligned(max((entry.offset + entry.shape.packed_bytes for entry in entries.values()), default=0))
     made = packs.Pack(entries, memory, from_cache=False)
     for names in matrices.packed():
         parts = [read_layer(matrices.tensors, name, matrices.schemes[name]) for name in names]
@@ -94,7 +94,7 @@ def _head_shape(matrices: Matrices) -> Shape:
     return Shape(rows, inputs, group=group, bits=8, symmetric=True)
 
 
-def _aligned(count: int) -> NDArray[np.uint8]:
+def aligned(count: int) -> NDArray[np.uint8]:
     """`count` bytes that begin at a multiple of 4096."""
     memory = np.empty(count + 4096, dtype=np.uint8)
     start = -memory.ctypes.data % 4096
