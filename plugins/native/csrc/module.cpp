@@ -293,7 +293,7 @@ NB_MODULE(_native, module) {
     const Engine with = engine(pool, kernel, false);
     nb::gil_scoped_release release;
     return time_plan(with, alike, m, {&kernel_named(kernel), rows, blocks}, seconds);
-  }, "linears"_a, "pool"_a, "m"_a, "kernel"_a, "rows"_a, "blocks"_a, "seconds"_a, "Median seconds of one product of m rows.");
+  }, "linears"_a, "pool"_a, "m"_a, "kernel"_a, "rows"_a, "blocks"_a, "seconds"_a, "Seconds of one product of m rows: the lower quartile of several.");
   module.def("bucket", &bucket, "m"_a, "Which products share a plan: the bucket of m rows.");
   module.attr("BUCKETS") = kBuckets;
 

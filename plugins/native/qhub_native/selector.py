@@ -18,6 +18,7 @@ from qhub_native._native import BUCKETS, Linear, Pool, bucket, kernel_names, tim
 CACHE = "native-kernels.json"
 #: A number of rows that stands for each bucket: 1, 2 … 4, 5 … 8, 9 … 64, more.
 ROWS = (1, 4, 8, 32, 128)
+_ALIKE = 1.03  # times within this are not told apart
 _SECONDS = (0.004, 0.004, 0.004, 0.01, 0.03)
 #: (rows, blocks) of tiles; 0 blocks: an eighth of a thread's share.
 _TILES = (
@@ -83,8 +84,10 @@ class Selector:
             self._ready.add((key, index))
 
     def measure(self, alike: list[Linear], index: int) -> Choice:
-        """The fastest of the candidates."""
-        return min(self.candidates(alike, index), key=lambda choice: choice.seconds)
+        """The fastest of the candidates; of those about as fast, the first."""
+        found = list(self.candidates(alike, index))
+        least = min(choice.seconds for choice in found)
+        return next(choice for choice in found if choice.seconds <= _ALIKE * least)
 
     def candidates(self, alike: list[Linear], index: int) -> Iterator[Choice]:
         """The best two kernels (the list is best first) with the first tiling, the faster one with the others."""
