@@ -14,7 +14,7 @@ from chat_models import CHATML, SPECIAL, byte_tokenizer, write_chat_model
 from qhub.chat.dialogue import Dialogue, Language
 from qhub.chat.speaker import Sampling, Speaker, shared
 from qhub.chat.template import ChatTemplate, find_template
-from qhub.chat.tokenizer import TextStream, Tokenizer
+from qhub.chat.tokenizer import TextStream, Tokenizer, Until
 from qhub.errors import QhubError, UsageError
 
 BYTES = byte_tokenizer()
@@ -300,3 +300,25 @@ def test_a_session_without_room_stays_usable():
         list(speaker.reply([1, 2, *range(200)], 50))
     assert list(speaker.reply([1, 2, 3], 50)) == [7, 7, 7]
     assert speaker.session.made.given[-1][0] == [3]
+
+
+# Stop texts.
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown", "ended"),
+    [
+        (["Hello", " wor", "ld"], "Hello world", False),
+        (["Hello STOP more"], "Hello ", True),
+        (["Hello S", "TO", "P more"], "Hello ", True),
+        (["Hello ST", "ill"], "Hello STill", False),
+        (["a\n", "\nb"], "a", True),
+        (["STOP"], "", True),
+    ],
+    ids=["none comes", "in one piece", "in three pieces", "only its beginning", "the other one", "at once"],
+)
+def test_text_is_shown_up_to_the_first_stop_text(pieces, shown, ended):
+    until = Until(["STOP", "\n\n", ""])
+    assert "".join(until.push(piece) for piece in pieces) + until.rest() == shown
+    assert until.ended == ended
+    assert not ended or until.push("more") == ""

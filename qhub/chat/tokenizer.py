@@ -73,6 +73,30 @@ class TextStream:
         return piece
 
 
+class Until:
+    """Text up to the first of the stop texts, which itself is not shown; `ended` once one has come."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.ended = False
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""  # what a stop text may begin with
+
+    def push(self, piece: str) -> str:
+        """What can be shown now that the text goes on with `piece`."""
+        text = "" if self.ended else self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.ended, self._held = True, ""
+            return text[: min(found)]
+        held = max((count for stop in self._stops for count in range(1, len(stop)) if text.endswith(stop[:count])), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        return self._held
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is no such file.
 

@@ -45,10 +45,20 @@ Ctrl-C stops a reply."""
 @click.option(
     "--top-p", metavar="P", type=click.FloatRange(0, 1, min_open=True), default=0.95, help="Draw from the likeliest; default 0.95."
 )
+@click.option("--stop", "stops", metavar="TEXT", multiple=True, help="End a reply where this text comes; may be repeated.")
 @click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, help="Decides what is drawn; default 0.")
 @click.option("--threads", metavar="N", type=_COUNT, help="Default: the engine's choice.")
 @click.pass_obj
-def chat(app: App, /, artifact: Path, runtime: str | None, system: str | None, threads: int | None, **sampling: Any) -> ExitCode:  # noqa: ANN401 - click's values
+def chat(
+    app: App,
+    /,
+    artifact: Path,
+    runtime: str | None,
+    system: str | None,
+    stops: tuple[str, ...],
+    threads: int | None,
+    **sampling: Any,  # noqa: ANN401 - click's values
+) -> ExitCode:
     """Talk to the model in ARTIFACT. In a pipe every line is a turn, and only replies are printed."""
     from qhub.chat.dialogue import Dialogue, Language
     from qhub.chat.speaker import Sampling, Speaker
@@ -66,7 +76,7 @@ def chat(app: App, /, artifact: Path, runtime: str | None, system: str | None, t
     with contextlib.closing(session):
         longest = sampling.pop("max_tokens") or min(_MAX_TOKENS, max(1, (found.context or sys.maxsize) // 4))
         speaker = Speaker(session, Sampling(**sampling, max_tokens=longest))
-        return Chat(app.output, engine, dialogue, speaker, speaker.room(found.context) or sys.maxsize, artifact).run()
+        return Chat(app.output, engine, dialogue, speaker, speaker.room(found.context) or sys.maxsize, artifact, stops).run()
 
 
 @dataclass
@@ -87,7 +97,7 @@ class Reply:
 
 @dataclass
 class Chat:
-    """Reads lines, prints replies. `room` is the model's context in tokens."""
+    """Reads lines, prints replies. `room` is the model's context in tokens; a reply ends where one of `stops` comes."""
 
     output: Output
     engine: Runtime
@@ -95,6 +105,7 @@ class Chat:
     speaker: Speaker
     room: int
     artifact: Path
+    stops: tuple[str, ...] = ()
     failed: bool = False
     saved: set[Path] = field(default_factory=set)
 
@@ -173,7 +184,9 @@ class Chat:
             self.output.text(f"[{reply.in_words()}; {self._used()}]")
 
     def _reply(self, turn: Turn, room: int) -> Reply:
-        reply, stream = Reply(), self.dialogue.stream(turn)
+        from qhub.chat.tokenizer import Until
+
+        reply, stream, until = Reply(), self.dialogue.stream(turn), Until(self.stops)
         longest = self.speaker.sampling.max_tokens
         try:
             with contextlib.closing(self._tokens(turn, room)) as tokens:
@@ -182,7 +195,9 @@ class Chat:
                         return reply
                     reply.tokens.append(token)
                     reply.times.append(time.perf_counter())
-                    self.output.stream(stream.push(token))
+                    self.output.stream(until.push(stream.push(token)))
+                    if until.ended:
+                        return reply
             if len(reply.tokens) >= min(room, longest):
                 reply.end = "cut off by `--max-tokens`" if longest < room else "cut off: the context is full"
         except KeyboardInterrupt:
@@ -190,7 +205,7 @@ class Chat:
                 raise
             reply.end = "stopped"
         finally:
-            self.output.stream(stream.rest() + "\n")
+            self.output.stream(until.push(stream.rest()) + until.rest() + "\n")
         return reply
 
     def _tokens(self, turn: Turn, room: int) -> Generator[int, None, None]:
