@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qhub_native._native import kernel_names, time_plan
 from qhub_native.load import load
-from qhub_native.selector import _TILES, ROWS, Selector
+from qhub_native.selector import ROWS, TILES, Selector
 from qhub_native.settings import chosen
 
 from qhub import OpenOptions
@@ -26,7 +26,7 @@ SECONDS = 0.03
 def fixed_choices(bucket: int) -> list[Plan]:
     """Every kernel that is not the reference, with every tiling of the bucket."""
     kernels = [name for name in kernel_names() if name != "scalar"] or ["scalar"]
-    return [(kernel, rows, blocks) for kernel in kernels for rows, blocks in _TILES[bucket]]
+    return [(kernel, rows, blocks) for kernel in kernels for rows, blocks in TILES[bucket]]
 
 
 def totals(selector: Selector, bucket: int, rounds: int) -> dict[str, float]:

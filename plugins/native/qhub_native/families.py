@@ -63,7 +63,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     kind = config.get("model_type")
     if kind not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
-        raise Unsupported(f"`native` does not run `{kind}` models; it runs {known}", hint="qhub eval DIR --runtime hf")
+        raise Unsupported(f"`native` does not run `{kind}` models; it runs {known}", hint="`--runtime hf` opens it with transformers")
     traits = _FAMILIES[kind]
     hidden, heads, layers = int(config["hidden_size"]), int(config["num_attention_heads"]), int(config["num_hidden_layers"])
     dim = int(config.get("head_dim") or hidden // heads)
@@ -107,7 +107,7 @@ def _check_sizes(layers: int, dim: int) -> None:
 def _gate(config: Mapping[str, Any]) -> int:
     name = str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
     if name not in _GATES:
-        raise Unsupported(f"`native` does not know activation `{name}`", hint="qhub eval DIR --runtime hf")
+        raise Unsupported(f"`native` does not know activation `{name}`", hint="`--runtime hf` opens it with transformers")
     return _GATES[name]
 
 

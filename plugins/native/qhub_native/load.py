@@ -91,7 +91,7 @@ def load(folder: Path, options: Options) -> Loaded:
             f"`{folder}` is damaged: its config.json or qhub.json lacks or garbles {error}", hint="quantize the model again"
         ) from None
     if metadata.get("transposed"):
-        raise Unsupported("`native` does not run layers that are stored transposed", hint="qhub eval DIR --runtime hf")
+        raise Unsupported("`native` does not run layers that are stored transposed", hint="`--runtime hf` opens it with transformers")
     try:
         return _Loader(Matrices(Tensors(folder), family, schemes), options).load()
     except (ValueError, TypeError, OverflowError, MemoryError) as error:  # what the binding and numpy say of shapes that do not fit

@@ -37,7 +37,7 @@ def rope_table(parameters: Mapping[str, Any], dim: int, context: int) -> Table:
         return _llama3(frequencies, parameters).astype(np.float32), 1.0
     if kind == "yarn":
         return _yarn(frequencies, parameters, turned, context)
-    raise Unsupported(f"`native` does not know rope scaling `{kind}`", hint="qhub eval DIR --runtime hf")
+    raise Unsupported(f"`native` does not know rope scaling `{kind}`", hint="`--runtime hf` opens it with transformers")
 
 
 def _llama3(frequencies: NDArray[np.float64], parameters: Mapping[str, Any]) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ ROWS = (1, 4, 8, 32, 128)
 _ALIKE = 1.03  # times within this are not told apart
 _SECONDS = (0.004, 0.004, 0.004, 0.01, 0.03)
 #: (rows, blocks) of tiles; 0 blocks: an eighth of a thread's share.
-_TILES = (
+TILES = (
     ((1, 0), (1, 4), (1, 8), (1, 16)),
     ((4, 0), (4, 4), (4, 16)),
     ((8, 0), (8, 4), (8, 16)),
@@ -91,10 +91,10 @@ class Selector:
 
     def candidates(self, alike: list[Linear], index: int) -> Iterator[Choice]:
         """The best two kernels (the list is best first) with the first tiling, the faster one with the others."""
-        first = [self._timed(alike, index, kernel, *_TILES[index][0]) for kernel in self.kernels[:2]]
+        first = [self._timed(alike, index, kernel, *TILES[index][0]) for kernel in self.kernels[:2]]
         yield from first
         best = min(first, key=lambda choice: choice.seconds).kernel
-        for rows, blocks in _TILES[index][1:]:
+        for rows, blocks in TILES[index][1:]:
             yield self._timed(alike, index, best, rows, blocks)
 
     def _timed(self, alike: list[Linear], index: int, kernel: str, rows: int, blocks: int) -> Choice:
