@@ -48,6 +48,17 @@ class Terminal:
         found, _, self.seen = self.seen.partition(text)
         return found + text
 
+    def insist(self, key: str, text: str) -> str:
+        """Press `key` until `text` is seen, as a person would: a signal just before readline listens is noticed with the next key."""
+        stop = time.monotonic() + _LONGEST_S
+        while text not in self.seen:
+            assert time.monotonic() < stop, f"`{text}` did not come; there is:\n{self.seen}"
+            self.type(key)
+            patience = time.monotonic() + 5
+            while text not in self.seen and self._read(patience):
+                pass
+        return self.wait_for(text)
+
     def end(self) -> tuple[int, str]:
         """The exit code, once it has ended, and what was seen until then."""
         stop = time.monotonic() + _LONGEST_S

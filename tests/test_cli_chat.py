@@ -206,8 +206,7 @@ def test_ctrl_c_stops_a_reply_and_the_session_goes_on(terminal):
     terminal.wait_for("> ")
     terminal.type("hi\r")
     assert "21 tokens: hi für 你\n" in terminal.wait_for("> ")
-    terminal.type(CTRL_C)
-    assert terminal.wait_for("> ").endswith("\nCtrl-D or `/exit` leaves\n> ")
+    assert terminal.insist(CTRL_C, "> ").endswith("\nCtrl-D or `/exit` leaves\n> ")
     terminal.type("/exit\r")
     assert terminal.end()[0] == 0
 
