@@ -8,8 +8,7 @@ namespace qhub {
 namespace {
 
 constexpr size_t kActivationBytes = size_t{12} << 20;  // of the tokens that go through together
-constexpr size_t kRowsAtOnce = 8;     // rows of a chunk of element-wise work
-constexpr size_t kQueryRows = 32;     // rows of queries that walk over the keys together
+constexpr size_t kQueryRows = 32;  // rows of queries that walk over the keys together
 
 size_t tiles(size_t count, size_t step) { return (count + step - 1) / step; }
 
@@ -33,19 +32,6 @@ Cache Sequence::cache(size_t layer, size_t head) const {
 size_t Sequence::bytes_used() const { return 2 * bytes_for(tiles(length_, kKeyBlock) * kKeyBlock) + (kept_ == Kept::i8 ? 2 * layers_ * kv_heads_ * length_ * sizeof(float) : 0); }
 
 Decoder::Decoder(Architecture shape, std::vector<Rope> tables, Engine with) : architecture(shape), ropes(std::move(tables)), engine(with) {}
-
-float* Decoder::grown(std::vector<float>& memory, size_t count) {
-  if (memory.size() < count) memory.resize(count);
-  return memory.data();
-}
-
-// Calls row(i) for every i < rows, some rows at a time on each thread.
-template <class Row>
-void Decoder::for_rows(size_t rows, const Row& row) {
-  engine.pool->run(tiles(rows, kRowsAtOnce), [&](size_t chunk, int) {
-    for (size_t i = chunk * kRowsAtOnce; i < std::min(rows, (chunk + 1) * kRowsAtOnce); ++i) row(i);
-  });
-}
 
 size_t Decoder::chunk_tokens() const {
   const size_t attention = (architecture.heads + 2 * architecture.kv_heads) * architecture.dim;
@@ -142,7 +128,7 @@ void Decoder::mlp(const Layer& layer) {
   const float* in = normed(layer.mlp_norm);
   layer.gate_up.multiply(engine, scratch_, in, rows, grown(qkv_, rows * 2 * ffn));
   float* gated = grown(gated_, rows * ffn);
-  for_rows(rows, [&](size_t row) {
+  engine.pool->run_rows(rows, [&](size_t row) {
     const float* both = qkv_.data() + row * 2 * ffn;
     engine.ops->gate(architecture.gate, both, both + ffn, ffn, gated + row * ffn);
   });
@@ -219,14 +205,14 @@ const float* Decoder::normed(const Norm& norm) {
   const size_t rows = tokens_.size(), hidden = architecture.hidden;
   if (norm.empty()) return x_.data();
   float* out = grown(normed_, rows * hidden);
-  for_rows(rows, [&](size_t row) { engine.ops->rms_norm(x_.data() + row * hidden, norm.data(), architecture.eps, hidden, out + row * hidden); });
+  engine.pool->run_rows(rows, [&](size_t row) { engine.ops->rms_norm(x_.data() + row * hidden, norm.data(), architecture.eps, hidden, out + row * hidden); });
   return out;
 }
 
 // x += norm(part)
 void Decoder::add_normed(const Norm& norm) {
   const size_t hidden = architecture.hidden;
-  for_rows(tokens_.size(), [&](size_t row) {
+  engine.pool->run_rows(tokens_.size(), [&](size_t row) {
     float* part = part_.data() + row * hidden;
     if (!norm.empty()) engine.ops->rms_norm(part, norm.data(), architecture.eps, hidden, part);
     engine.ops->add(part, hidden, x_.data() + row * hidden);
@@ -235,14 +221,14 @@ void Decoder::add_normed(const Norm& norm) {
 
 void Decoder::finish(float* rows, size_t count, Wanted wanted, float* out) {
   const size_t hidden = architecture.hidden, vocabulary = architecture.vocabulary;
-  for_rows(count, [&](size_t row) { engine.ops->rms_norm(rows + row * hidden, norm.data(), architecture.eps, hidden, rows + row * hidden); });
+  engine.pool->run_rows(count, [&](size_t row) { engine.ops->rms_norm(rows + row * hidden, norm.data(), architecture.eps, hidden, rows + row * hidden); });
   if (wanted == Wanted::hidden) {
     std::memcpy(out, rows, count * hidden * sizeof(float));
     return;
   }
   head->multiply(engine, scratch_, rows, count, out, vocabulary);
   if (const float cap = architecture.logit_softcap; cap > 0)
-    for_rows(count, [&](size_t row) {
+    engine.pool->run_rows(count, [&](size_t row) {
       for (size_t v = 0; v < vocabulary; ++v) out[row * vocabulary + v] = cap * std::tanh(out[row * vocabulary + v] / cap);
     });
 }

@@ -98,10 +98,7 @@ class Decoder {
   void add_normed(const Norm& norm);
   void finish(float* rows, size_t count, Wanted wanted, float* out);
   std::vector<Span> spans(size_t longest) const;
-  float* grown(std::vector<float>& memory, size_t count);
   size_t chunk_tokens() const;
-  template <class Row>
-  void for_rows(size_t rows, const Row& row);
 
   std::vector<Token> tokens_;
   std::vector<float> x_, normed_, qkv_, mixed_, part_, gated_, angles_, attention_scratch_, last_;

@@ -9,7 +9,7 @@ namespace qhub {
 
 // Read, not mapped: a fault in a mapped file brings in 64 KB for a row of 4.
 Embedding::Embedding(const std::string& path, size_t offset, Float type, size_t rows, size_t size)
-    : file_(open(path.c_str(), O_RDONLY | O_CLOEXEC)), offset_(offset), type_(type), rows_(rows), size_(size), row_(size * (type == Float::f32 ? 4 : 2)) {
+    : file_(open(path.c_str(), O_RDONLY | O_CLOEXEC)), offset_(offset), type_(type), rows_(rows), size_(size), row_(size * float_bytes(type)) {
   if (file_ < 0) throw std::runtime_error("cannot open " + path);
 }
 

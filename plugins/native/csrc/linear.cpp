@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "memory.h"
+
 namespace qhub {
 namespace {
 
@@ -28,12 +30,6 @@ Grid grid(const Plan& plan, size_t m, size_t blocks, int threads) {
   return {m, blocks, std::min(plan.rows, m), plan.blocks ? plan.blocks : share(blocks, threads)};
 }
 
-template <class T>
-T* grown(std::vector<T>& memory, size_t count) {
-  if (memory.size() < count) memory.resize(count);
-  return memory.data();
-}
-
 }  // namespace
 
 void Linear::multiply(const Engine& engine, Scratch& scratch, const float* x, size_t m, float* y, size_t stride) const {
@@ -55,10 +51,8 @@ void Linear::multiply_packed(const Engine& engine, Scratch& scratch, const float
   uint8_t* panels = grown(scratch.panels, panel * static_cast<size_t>(engine.pool->threads()) + kLine);
   panels += (kLine - reinterpret_cast<uintptr_t>(panels) % kLine) % kLine;
   const float factor = std::ldexp(1.0f, weights_.exponent);
-  constexpr size_t kRowsAtOnce = 8;
-  engine.pool->run((m + kRowsAtOnce - 1) / kRowsAtOnce, [&](size_t chunk, int) {
-    for (size_t row = chunk * kRowsAtOnce; row < std::min(m, (chunk + 1) * kRowsAtOnce); ++row)
-      kernel.quantize(x + row * weights_.inputs, weights_, factor, q + row * weights_.padded, scale + row * per_row, sum + row * per_row);
+  engine.pool->run_rows(m, [&](size_t row) {
+    kernel.quantize(x + row * weights_.inputs, weights_, factor, q + row * weights_.padded, scale + row * per_row, sum + row * per_row);
   });
   const Quantized rows{q, scale, sum, m};
   const Grid tiles = grid(plan, m, blocks(weights_), engine.pool->threads());

@@ -48,7 +48,6 @@ class Linear {
   size_t rows() const { return packed_ ? weights_.rows : rows_; }
   size_t inputs() const { return packed_ ? weights_.inputs : inputs_; }
   bool is_packed() const { return packed_; }
-  const Weights& weights() const { return weights_; }
 
   // y[m, n] = Σ x[m, k] W[n, k] + bias[n]; x (M, inputs), y (M, stride), rows n < rows().
   void multiply(const Engine& engine, Scratch& scratch, const float* x, size_t m, float* y, size_t stride) const;

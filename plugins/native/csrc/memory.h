@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <new>
 #include <utility>
+#include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
 #endif
@@ -47,5 +48,12 @@ class Memory {
   uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
 };
+
+// Scratch that grows to what was needed most; what it held is not kept in order.
+template <class T>
+T* grown(std::vector<T>& memory, size_t count) {
+  if (memory.size() < count) memory.resize(count);
+  return memory.data();
+}
 
 }  // namespace qhub

@@ -56,30 +56,24 @@ const Ops& ops_for(const std::string& kernel) {
   return name ? *ops_named(name) : ops(cpu());
 }
 
-struct Shaped {
-  size_t rows, inputs, group;
-  int bits;
-  bool symmetric;
+Shape checked(const Shape& shape) {
+  require(shape.rows > 0 && shape.inputs > 0, "a matrix has rows and inputs");
+  require(shape.group == 32 || shape.group == 64 || shape.group == 128, "group is 32, 64 or 128");
+  require(shape.bits == 4 || shape.bits == 8, "bits are 4 or 8");
+  require(shape.rows < (size_t{1} << 31) && shape.inputs < (size_t{1} << 24), "a matrix of this size is not supported");
+  return shape;
+}
 
-  Shape checked() const {
-    require(rows > 0 && inputs > 0, "a matrix has rows and inputs");
-    require(group == 32 || group == 64 || group == 128, "group is 32, 64 or 128");
-    require(bits == 4 || bits == 8, "bits are 4 or 8");
-    require(rows < (size_t{1} << 31) && inputs < (size_t{1} << 24), "a matrix of this size is not supported");
-    return {rows, inputs, group, bits, symmetric};
-  }
-};
-
-size_t packed_size(size_t rows, size_t inputs, size_t group, int bits, bool symmetric) {
-  return packed_bytes(Shaped{rows, inputs, group, bits, symmetric}.checked()).total();
+// Whether memory holds a packed matrix of this shape, neither more nor less.
+template <class Array>
+void require_fit(const Array& memory, const Shape& shape) {
+  require(memory.size() == packed_bytes(shape).total() && reinterpret_cast<uintptr_t>(memory.data()) % kLine == 0, "memory does not fit the matrix");
 }
 
 Float float_named(const std::string& type) {
   require(type == "F32" || type == "F16" || type == "BF16", "a float matrix is F32, F16 or BF16");
   return type == "F32" ? Float::f32 : type == "F16" ? Float::f16 : Float::bf16;
 }
-
-size_t float_bytes(Float type) { return type == Float::f32 ? 4 : 2; }
 
 // Arrays of some rows, checked against the shape; they outlive the call because the caller holds them.
 struct Part {
@@ -103,8 +97,7 @@ Rows checked_rows(const Part& part, const Shape& shape) {
           part.every, part.codes.shape(0)};
 }
 
-int pack_into(Pool& pool, const Shaped& shaped, const std::vector<Part>& parts, WritableBytes memory) {
-  const Shape shape = shaped.checked();
+int pack_into(Pool& pool, const Shape& shape, const std::vector<Part>& parts, WritableBytes memory) {
   std::vector<Rows> rows;
   size_t total = 0;
   for (const Part& part : parts) {
@@ -112,7 +105,7 @@ int pack_into(Pool& pool, const Shaped& shaped, const std::vector<Part>& parts, 
     total += rows.back().rows;
   }
   require(total == shape.rows, "the parts make up the rows");
-  require(memory.size() == packed_bytes(shape).total() && reinterpret_cast<uintptr_t>(memory.data()) % kLine == 0, "memory does not fit the matrix");
+  require_fit(memory, shape);
   nb::gil_scoped_release release;
   int exponent = 0;
   if (!scale_exponent(rows, exponent)) throw std::domain_error("a scale is not exact in 16 bits");
@@ -121,21 +114,18 @@ int pack_into(Pool& pool, const Shaped& shaped, const std::vector<Part>& parts, 
   return exponent;
 }
 
-
 // Rounds float rows to 8 bits, symmetric, by group, into `memory`.
-void pack_float(Pool& pool, const Shaped& shaped, Bytes rows, const std::string& type, WritableBytes memory) {
-  const Shape shape = shaped.checked();
+void pack_float(Pool& pool, const Shape& shape, Bytes rows, const std::string& type, WritableBytes memory) {
   const Float kind = float_named(type);
   require(shape.bits == 8 && shape.symmetric, "float rows become 8 bits, symmetric");
   require(rows.size() == shape.rows * shape.inputs * float_bytes(kind), "the rows do not fit the matrix");
-  require(memory.size() == packed_bytes(shape).total() && reinterpret_cast<uintptr_t>(memory.data()) % kLine == 0, "memory does not fit the matrix");
+  require_fit(memory, shape);
   nb::gil_scoped_release release;
   pack_rounded(pool, shape, ops(cpu()), kind, rows.data(), memory.data());
 }
 
-std::shared_ptr<Linear> quantized(Bytes memory, const Shaped& shaped, int exponent) {
-  const Shape shape = shaped.checked();
-  require(memory.size() == packed_bytes(shape).total() && reinterpret_cast<uintptr_t>(memory.data()) % kLine == 0, "memory does not fit the matrix");
+std::shared_ptr<Linear> quantized(Bytes memory, const Shape& shape, int exponent) {
+  require_fit(memory, shape);
   return std::make_shared<Linear>(Linear::quantized(packed_view(shape, memory.data(), exponent)));
 }
 
@@ -234,18 +224,16 @@ nb::ndarray<nb::numpy, float> step(Decoder& decoder, const std::vector<std::shar
 
 NB_MODULE(_native, module) {
   module.def("kernel_names", &kernel_names, "The kernels that run on this processor, best first.");
-  module.def("packed_size", &packed_size, "rows"_a, "inputs"_a, "group"_a, "bits"_a, "symmetric"_a, "Bytes of a packed matrix.");
 
   nb::class_<Pool>(module, "Pool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &Pool::threads);
 
-  nb::class_<Shaped>(module, "Shape")
-      .def("__init__", [](Shaped* self, size_t rows, size_t inputs, size_t group, int bits, bool symmetric) {
-        new (self) Shaped{rows, inputs, group, bits, symmetric};
-        self->checked();
+  nb::class_<Shape>(module, "Shape")
+      .def("__init__", [](Shape* self, size_t rows, size_t inputs, size_t group, int bits, bool symmetric) {
+        new (self) Shape(checked({rows, inputs, group, bits, symmetric}));
       }, "rows"_a, "inputs"_a, nb::kw_only(), "group"_a, "bits"_a, "symmetric"_a)
-      .def_ro("rows", &Shaped::rows).def_ro("inputs", &Shaped::inputs).def_ro("group", &Shaped::group)
-      .def_ro("bits", &Shaped::bits).def_ro("symmetric", &Shaped::symmetric)
-      .def_prop_ro("packed_bytes", [](const Shaped& self) { return packed_bytes(self.checked()).total(); });
+      .def_ro("rows", &Shape::rows).def_ro("inputs", &Shape::inputs).def_ro("group", &Shape::group)
+      .def_ro("bits", &Shape::bits).def_ro("symmetric", &Shape::symmetric)
+      .def_prop_ro("packed_bytes", [](const Shape& self) { return packed_bytes(self).total(); });
 
   nb::class_<Part>(module, "Part")
       .def("__init__", [](Part* self, ByteRows codes, FloatRows scale, std::optional<ByteRows> zero, int bits, size_t every) {
@@ -295,7 +283,6 @@ NB_MODULE(_native, module) {
     return time_plan(with, alike, m, {&kernel_named(kernel), rows, blocks}, seconds);
   }, "linears"_a, "pool"_a, "m"_a, "kernel"_a, "rows"_a, "blocks"_a, "seconds"_a, "Seconds of one product of m rows: the lower quartile of several.");
   module.def("bucket", &bucket, "m"_a, "Which products share a plan: the bucket of m rows.");
-  module.attr("BUCKETS") = kBuckets;
 
   nb::class_<Embedding>(module, "Embedding")
       .def("__init__", [](Embedding* self, const std::string& path, size_t offset, const std::string& type, size_t rows, size_t size) {

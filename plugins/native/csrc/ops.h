@@ -9,6 +9,7 @@
 namespace qhub {
 
 enum class Float : int { f32, f16, bf16 };
+inline size_t float_bytes(Float type) { return type == Float::f32 ? 4 : 2; }
 enum class Gate : int { silu, gelu_tanh, gelu };
 
 constexpr size_t kKeyBlock = 16;  // positions per block of keys

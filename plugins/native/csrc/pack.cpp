@@ -189,7 +189,7 @@ bool scale_exponent(const std::vector<Rows>& parts, int& exponent) {
 
 void pack_rounded(Pool& pool, const Shape& shape, const Ops& ops, Float type, const void* rows, uint8_t* memory) {
   const PackedBytes bytes = packed_bytes(shape);
-  const size_t padded = padded_inputs(shape), count = padded / shape.group, item = type == Float::f32 ? 4 : 2;
+  const size_t padded = padded_inputs(shape), count = padded / shape.group, item = float_bytes(type);
   pool.run((shape.rows + kBlock - 1) / kBlock, [&](size_t block, int) {
     uint16_t* scale = reinterpret_cast<uint16_t*>(memory + bytes.codes) + block * count * kBlock;
     std::vector<float> row(padded, 0.0f);

@@ -27,6 +27,15 @@ class Pool {
     run_erased(count, [](const void* context, size_t chunk, int thread) { (*static_cast<const Task*>(context))(chunk, thread); }, &task);
   }
 
+  // Calls row(i) for every i < rows, eight at a time on each thread.
+  template <class Row>
+  void run_rows(size_t rows, const Row& row) {
+    constexpr size_t kAtOnce = 8;
+    run((rows + kAtOnce - 1) / kAtOnce, [&](size_t chunk, int) {
+      for (size_t i = chunk * kAtOnce; i < rows && i < (chunk + 1) * kAtOnce; ++i) row(i);
+    });
+  }
+
  private:
   using Call = void (*)(const void*, size_t, int);
   void run_erased(size_t count, Call call, const void* context);

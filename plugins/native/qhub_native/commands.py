@@ -11,9 +11,6 @@ import click
 if TYPE_CHECKING:
     from qhub_native.selector import Choice, ShapeKey
 
-#: Bytes read to measure what memory gives: far more than caches hold.
-_SWEEP_BYTES = 512 << 20
-
 
 @click.group()
 def native() -> None:
@@ -34,17 +31,18 @@ def kernels(app: Any, model: Path | None, kernel: str | None, threads: int | Non
     """
     from qhub import OpenOptions
     from qhub_native import _native
+    from qhub_native.selector import bandwidth
     from qhub_native.settings import chosen
 
     options = chosen(OpenOptions(threads=threads, kernel=kernel))
     pool = _native.Pool(options.threads)
-    bandwidth = _native.read_bandwidth(pool, _SWEEP_BYTES, 0.5)
+    bytes_per_s = bandwidth(pool)
     found = {
         "kernels": _native.kernel_names(),
         "default": options.kernel,
         "threads": options.threads,
-        "bandwidth_bytes_per_s": bandwidth,
-        "shapes": [] if model is None else list(_timed(model, options, bandwidth)),
+        "bandwidth_bytes_per_s": bytes_per_s,
+        "shapes": [] if model is None else list(_timed(model, options, bytes_per_s)),
     }
     if as_json:
         app.output.json(found)
@@ -54,15 +52,15 @@ def kernels(app: Any, model: Path | None, kernel: str | None, threads: int | Non
 
 def _timed(model: Path, options: Any, bandwidth: float) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - load.Options
     from qhub_native.load import load
-    from qhub_native.selector import ALL_BUCKETS, ROWS
+    from qhub_native.selector import ROWS
 
     selector = load(model, options).selector
     for key, alike in selector.linears.items():
-        for bucket in ALL_BUCKETS:
+        for bucket, rows in enumerate(ROWS):
             candidates = list(selector.candidates(alike, bucket))
             best = min(candidates, key=lambda choice: choice.seconds)
             yield {
-                **_figures(key, best, ROWS[bucket], bandwidth),
+                **_figures(key, best, rows, bandwidth),
                 "layers": len(alike),
                 "candidates": [vars(choice) for choice in candidates],
             }

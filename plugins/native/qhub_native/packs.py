@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qhub import cache_path
 from qhub_native._native import Pool, Shape, checksum, read_file
 
 LAYOUT_VERSION = 1
@@ -56,8 +57,7 @@ def key_of(files: list[Path], settings: Mapping[str, Any]) -> str:
 def cache_folder() -> Path:
     """Where packs are kept: `QHUB_NATIVE_CACHE`, else below the user's cache directory."""
     chosen = os.environ.get("QHUB_NATIVE_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else base / "qhub" / "native"
+    return Path(chosen) if chosen else cache_path("native")
 
 
 def plan(shapes: Mapping[str, Shape]) -> dict[str, Entry]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from importlib import metadata
 
 from qhub import cpu_model, read_cache, write_cache
-from qhub_native._native import BUCKETS, Linear, Pool, bucket, kernel_names, time_plan
+from qhub_native._native import Linear, Pool, bucket, kernel_names, read_bandwidth, time_plan
 
 CACHE = "native-kernels.json"
 #: A number of rows that stands for each bucket: 1, 2 … 4, 5 … 8, 9 … 64, more.
@@ -124,12 +124,14 @@ def _is_choice(entry: object) -> bool:
     return all(isinstance(entry[name], kind) for name, kind in expected.items()) and entry["rows"] > 0 and entry["blocks"] >= 0
 
 
+def bandwidth(pool: Pool) -> float:
+    """Bytes per second that the pool's threads read from memory here, far beyond what caches hold; takes half a second."""
+    return float(read_bandwidth(pool, 512 << 20, 0.5))
+
+
 def by_shape(entries: Iterable[tuple[ShapeKey, Linear]]) -> dict[ShapeKey, list[Linear]]:
     """The matrices by what they have in common."""
     found: dict[ShapeKey, list[Linear]] = {}
     for key, linear in entries:
         found.setdefault(key, []).append(linear)
     return found
-
-
-ALL_BUCKETS = range(BUCKETS)

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from qhub import QhubError
 from qhub_native import _native
 from qhub_native.load import Loaded, Options, load
-
-#: Bytes read to measure what memory gives: far more than caches hold.
-_SWEEP_BYTES = 512 << 20
+from qhub_native.selector import bandwidth
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class NativeSession:
 
     def bandwidth(self, threads: int) -> float:
         """Bytes per second that `threads` threads read from memory here; takes half a second."""
-        return float(_native.read_bandwidth(_native.Pool(threads), _SWEEP_BYTES, 0.5))
+        return bandwidth(_native.Pool(threads))
 
     def reply(
         self, sequence: _native.Sequence, ids: Sequence[int], max_new_tokens: int, sampling: Sampling, *, until_stop: bool = True

@@ -92,7 +92,7 @@ void rotations(Run& run) {
 
 // `values` rounded to `type`, as bytes.
 std::vector<uint8_t> stored(Float type, std::vector<float>& values) {
-  const size_t item = type == Float::f32 ? 4 : 2;
+  const size_t item = float_bytes(type);
   std::vector<uint8_t> bytes(values.size() * item);
   for (size_t i = 0; i < values.size(); ++i) {
     const uint16_t narrow = type == Float::f16 ? float_to_half(values[i]) : static_cast<uint16_t>(bits_of_float(values[i]) >> 16);
