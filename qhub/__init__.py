@@ -16,13 +16,15 @@ _HOMES = {
     "qhub.quiet": ("quiet_libraries",),
     "qhub.errors": ("ExitCode", "NoRouteError", "PluginError", "QhubError", "Unsupported", "UsageError"),
     "qhub.interfaces": (
-        "Block", "Component", "Conversation", "Exporter", "Group", "ModelJob", "Quantizer", "Runtime", "Session", "Statistics",
-        "WholeModel", "WholeResult",
+        "Block", "Component", "Conversation", "Exporter", "Graph", "GraphJob", "GraphQuantizer", "GraphResult", "GraphSession", "Group",
+        "ModelJob", "Quantizer", "Runtime", "Session", "Statistics", "WholeModel", "WholeResult",
     ),
     "qhub.types": (
         "Artifact", "Estimates", "Fact", "Goals", "LayerShape", "ModelProfile", "ModelSource", "OpenOptions", "QuantizedModel", "Recipe",
         "Route", "Scheme", "Target",
     ),
+    "qhub.graph.placement": ("place",),
+    "qhub.graph.values": ("ActivationGrid", "Batch", "GraphInput", "Op", "Point", "Quantization"),
     "qhub.quantize.pack": ("pack", "unpack"),
     "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
     "qhub.quantize.grid": (
@@ -40,12 +42,19 @@ __all__ = ["__version__", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
     from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
+    from qhub.graph.placement import place
+    from qhub.graph.values import ActivationGrid, Batch, GraphInput, Op, Point, Quantization
     from qhub.hookspecs import hookimpl
     from qhub.interfaces import (
         Block,
         Component,
         Conversation,
         Exporter,
+        Graph,
+        GraphJob,
+        GraphQuantizer,
+        GraphResult,
+        GraphSession,
         Group,
         ModelJob,
         Quantizer,

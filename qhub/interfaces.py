@@ -21,8 +21,8 @@ A complete quantizer plugin, in one file:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from qhub.graph.values import Batch, GraphInput, Op, Quantization
     from qhub.quantize.qtensor import QTensor
 
 
@@ -142,6 +143,8 @@ class Quantizer(Component):
     scales: ClassVar[bool] = False
     #: Whether it takes the model as a whole (`WholeModel`), so that all of it is in memory at once.
     whole: ClassVar[bool] = False
+    #: Whether it takes a network as a graph (`GraphQuantizer`).
+    graph: ClassVar[bool] = False
     #: option name → default; what a recipe's `options` may set.
     options: ClassVar[Mapping[str, Any]] = {}
 
@@ -239,6 +242,89 @@ class WholeModel(Quantizer):
         raise NotImplementedError
 
 
+class Graph(Protocol):
+    """A network that is no language model: images, text classification, speech, …; as a torch program or an ONNX file.
+
+    Tensors are called by the operation that makes them (or by the network's input), layers by their weight without
+    `.weight`. Everything that rewrites it returns another graph.
+    """
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The operations that depend on the network's input, in execution order."""
+
+    def weight(self, layer: str) -> torch.Tensor:
+        """The weight of a layer, (N, …) float32: its outputs first. Not to be modified."""
+
+    def bias(self, layer: str) -> torch.Tensor | None:
+        """The bias of a layer, (N,) float32."""
+
+    def run(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """The network's outputs for one batch (input name → array, axis 0 the items)."""
+
+    def watch(self, batch: Batch, tensors: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Run one batch and yield each of `tensors`."""
+
+    def apply(self, op: Op, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What `op`, a convolution or a linear layer, makes of `x` with another weight (N, …) and without its bias."""
+
+    def with_layers(self, layers: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]) -> Graph:
+        """The network with other weights and biases (None: as it is); a norm is a layer too, if it has a weight."""
+
+    def rounded(self, quantization: Quantization) -> Graph:
+        """The network with quantize and dequantize operations, as it will be stored."""
+
+    def save(self, path: Path) -> None:
+        """Write it as a file."""
+
+
+@dataclass(frozen=True)
+class GraphJob:
+    """What a method for graphs is to do.
+
+    `calibration()` yields batches anew each time it is called, None if the method needs no data; `drop_pct(graph)` is how much
+    a rounded graph loses on them, in percent of the float graph's accuracy (of its agreement with itself where there are no
+    labels). `scheme_of(layer)` is None for a layer that stays float. `labels()` yields the labels of the same batches, or
+    None where there are none.
+    """
+
+    graph: Graph
+    scheme: Scheme
+    scheme_of: Callable[[str], Scheme | None]
+    calibration: Callable[[], Iterator[Batch]]
+    labels: Callable[[], Iterator[NDArray[Any]]] | None
+    drop_pct: Callable[[Graph], float]
+    max_drop_pct: float
+    work: Path
+    note: Callable[[str], None]
+    progress: Callable[[int, int, str], None]  # done, of how many, what
+    target: Target | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GraphResult:
+    """What a method for graphs made: the float graph it rounded (weights may have changed), how, and what to say of which layer."""
+
+    graph: Graph
+    quantization: Quantization
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+class GraphQuantizer(Quantizer):
+    """A method for networks that are graphs, not stacks of decoder blocks."""
+
+    #: Whether it takes graphs rather than the decoder blocks of language models.
+    graph: ClassVar[bool] = True
+    family: ClassVar[Family] = "static"
+    default_scheme: ClassVar[str] = "w8a8-static"
+    needs = frozenset({"items"})
+
+    def quantize_graph(self, job: GraphJob) -> GraphResult:
+        """Decide how the graph is rounded. Called once; must be deterministic."""
+        raise NotImplementedError
+
+
 class Exporter(Component):
     """A file format. Says which schemes it carries exactly, and refuses the rest with a reason."""
 
@@ -291,6 +377,19 @@ class Session(Protocol):
         """Give memory back."""
 
 
+class GraphSession(Protocol):
+    """An opened artifact of a network that is no language model."""
+
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[str, ...]
+
+    def run(self, batch: Batch) -> tuple[NDArray[np.float32], ...]:
+        """The outputs for one batch (input name → array, axis 0 the items)."""
+
+    def close(self) -> None:
+        """Give memory back."""
+
+
 class Conversation(Protocol):
     """Tokens whose state (keys and values) a session keeps, so that a turn of a chat costs only what is new in it."""
 
@@ -329,8 +428,15 @@ class Runtime(Component):
         """Measured share of the roofline that decoding reaches there, to cap an estimate; None if not measured."""
         return None
 
+    def open_graph(self, path: Path, options: OpenOptions = OpenOptions()) -> GraphSession:  # noqa: B008 - frozen
+        """Open the artifact of a graph at `path`.
+
+        :raises Unsupported: when the engine does not run this network, or has no kernel to choose and one is asked for.
+        """
+        raise NotImplementedError
+
     def open(self, path: Path, options: OpenOptions = OpenOptions()) -> Session:  # noqa: B008 - frozen
-        """Open the artifact at `path`.
+        """Open the artifact of a language model at `path`.
 
         :raises Unsupported: when the engine does not run this model, or has no kernel to choose and one is asked for.
         """
