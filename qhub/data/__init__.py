@@ -1,0 +1,1 @@
+"""Labelled data for models that are no language models: read lazily, turned into the inputs that a model takes."""
