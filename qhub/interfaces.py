@@ -249,6 +249,11 @@ class Graph(Protocol):
     `.weight`. Everything that rewrites it returns another graph.
     """
 
+    #: What the file that `save` writes is called at its end.
+    suffix: str
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[str, ...]
+
     @property
     def ops(self) -> tuple[Op, ...]:
         """The operations that depend on the network's input, in execution order."""
@@ -273,6 +278,9 @@ class Graph(Protocol):
 
     def rounded(self, quantization: Quantization) -> Graph:
         """The network with quantize and dequantize operations, as it will be stored."""
+
+    def layers(self, bits: Mapping[str, int]) -> Mapping[str, QTensor]:
+        """The codes, scales and zeros of the quantized layers of a rounded network; `bits` of each layer's codes."""
 
     def save(self, path: Path) -> None:
         """Write it as a file."""

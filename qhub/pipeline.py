@@ -21,13 +21,13 @@ from qhub.prove.report import FILE, Report, load
 from qhub.quiet import quiet_libraries
 from qhub.route.circumstances import changes, distributions, hardware, in_words, installed
 from qhub.route.profile import profile, resolve
-from qhub.route.recipe import FLOAT, Choices, from_yaml, make_recipe, to_yaml
+from qhub.route.recipe import Choices, from_yaml, make_recipe, to_yaml
 from qhub.route.recommend import named, recommend
 from qhub.route.registry import find_target, load_registry
 from qhub.route.ways import read_wanted
 from qhub.rundir import EXPECTED, RECIPE, STATE, RunDir, Settings, locked
 from qhub.stage import STAGES
-from qhub.types import Goals, ModelProfile, ModelSource, Recipe, Route, Scheme, as_json
+from qhub.types import FLOAT, Goals, ModelProfile, ModelSource, Recipe, Route, Scheme, as_json
 
 SAMPLES, EVALUATION_SAMPLES, SEQ_LEN = 64, 60, 512
 

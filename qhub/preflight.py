@@ -9,11 +9,11 @@ from pathlib import Path
 
 from qhub.errors import QhubError, UsageError
 from qhub.plugins import Plugins
-from qhub.route.recipe import FLOAT, file_sha256, folder_sha256, from_yaml
+from qhub.route.recipe import file_sha256, from_yaml, model_sha256
 from qhub.rundir import RECIPE, STATE, RunDir
 from qhub.stage import hidden_limit_bytes
 from qhub.tokens import documents
-from qhub.types import Calibration, Difference, ModelProfile, Recipe, Scheme, last_match
+from qhub.types import FLOAT, Calibration, Difference, ModelProfile, Recipe, Scheme, last_match
 from qhub.units import human_bytes
 
 _BASE_BYTES = 500 << 20  # Python with torch and transformers, measured
@@ -126,7 +126,7 @@ def check_inputs(recipe: Recipe, path: Path) -> None:
     :raises ChangedInputs: naming each that is another one. :raises QhubError: when one is not there.
     """
     found, said, hint = [], [], "get the same file again, or start a new run"
-    model = folder_sha256(Path(recipe.model_path))
+    model = model_sha256(Path(recipe.model_path))
     if model != recipe.model_sha256:
         found.append(Difference("source", recipe.model_path, recipe.model_sha256, model))
         said.append(f"the model at `{recipe.model_path}` is not the one that `{path}` was written for (its sha256 differs)")

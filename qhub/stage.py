@@ -18,12 +18,13 @@ from typing import Any
 
 from qhub.errors import PluginError, QhubError, UsageError
 from qhub.events import Events
-from qhub.interfaces import Exporter, Quantizer, WholeModel
+from qhub.graph.store import is_graph
+from qhub.interfaces import Exporter, GraphQuantizer, Quantizer, WholeModel
 from qhub.plugins import Plugins, missing_modules, suggest
 from qhub.quiet import quiet_libraries
-from qhub.route.recipe import FLOAT, digest, from_yaml
+from qhub.route.recipe import digest, from_yaml
 from qhub.rundir import EXPECTED, RunDir
-from qhub.types import Calibration, Recipe, Scheme, as_json
+from qhub.types import Calibration, Recipe, as_json
 
 #: What an OSError that names no file says of the disk; any other (the network is not there) is of whoever raised it.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -34,6 +35,8 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
     """Walk over the model's blocks; `quantized/` appears when all of it is there."""
     import torch
 
+    from qhub import networks
+    from qhub.quantize.block import LayerChoice
     from qhub.quantize.store import finish
     from qhub.quantize.walk import WalkPlan, clean, walk
     from qhub.quantize.whole import quantize_whole
@@ -45,6 +48,12 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
     quantizer = _quantizer(recipe, plugins)
     source = Path(recipe.model_path)
     run.partial.mkdir(exist_ok=True)
+    if isinstance(quantizer, GraphQuantizer):
+        networks.quantize(run, recipe, plugins, quantizer, events)
+        run.write("work/block_errors.json", [])
+        sync(run.partial)
+        run.partial.rename(run.quantized)
+        return
     model_config(source, trust_remote_code=run.settings.trust_remote_code)
     if recipe.evaluation is not None:
         _windows(run, recipe, recipe.evaluation)  # too short a text is said now, not when all the work is done
@@ -54,7 +63,7 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
         out=run.partial,
         work=run.work,
         quantizer=quantizer,
-        choice=_choice(recipe),
+        choice=LayerChoice.of_recipe(recipe),
         ids=ids,
         device=run.settings.device,
         hidden_limit_bytes=hidden_limit_bytes(run.settings.max_memory_bytes),
@@ -108,11 +117,16 @@ def export(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
 
 def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
     """Open each artifact in its runtime and compare it with the QuantizedModel."""
+    if is_graph(run.quantized):
+        from qhub import networks
+
+        networks.verify(run, recipe, plugins)
+        return
     from qhub.prove.parity import compare_codes, compare_logits
 
     checks: dict[str, Any] = {}
     for artifact in run.read("work/artifacts.json"):
-        runtime = plugins.runtimes.get(recipe.runtime or "") or _any_runtime(plugins, artifact["format"])
+        runtime = runtime_for(recipe, artifact["format"], plugins)
         lacking = "a runtime for this format" if runtime is None else ", ".join(missing_modules(runtime))
         if runtime is None or lacking:
             checks[artifact["path"]] = compare_codes(run.quantized, run.path / artifact["path"], f"{lacking} is not installed here")
@@ -123,7 +137,12 @@ def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
 
 
 def evaluate(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
-    """Measure the float model, plain rounding and the chosen method on the same windows."""
+    """Measure the float model, plain rounding and the chosen method on the same windows, or items."""
+    if is_graph(run.quantized):
+        from qhub import networks
+
+        networks.evaluate(run, recipe, events)
+        return
     import torch
 
     from qhub.prove.evaluate import Evaluation, Setting
@@ -189,15 +208,10 @@ def _component(components: Mapping[str, Any], name: str, kind: str) -> Any:  # n
     return components[name]
 
 
-def _any_runtime(plugins: Plugins, written_format: str) -> Any:  # noqa: ANN401 - a runtime or None
-    return next((runtime for runtime in plugins.runtimes.values() if written_format in runtime.formats), None)
-
-
-def _choice(recipe: Recipe) -> Any:  # noqa: ANN401 - a LayerChoice
-    from qhub.quantize.block import LayerChoice
-
-    overrides = {pattern: None if text == FLOAT else Scheme.parse(text) for pattern, text in recipe.overrides.items()}
-    return LayerChoice(Scheme.parse(recipe.scheme), overrides)
+def runtime_for(recipe: Recipe, written_format: str, plugins: Plugins) -> Any:  # noqa: ANN401 - a runtime or None
+    """The recipe's engine, or another one that opens files of the format."""
+    other = next((runtime for runtime in plugins.runtimes.values() if written_format in runtime.formats), None)
+    return plugins.runtimes.get(recipe.runtime or "") or other
 
 
 def _windows(run: RunDir, recipe: Recipe, data: Calibration | None, *, first: int | None = None) -> Any:  # noqa: ANN401 - NDArray

@@ -20,6 +20,7 @@ Family = Literal["qat", "weight-only", "static", "dynamic", "float16"]
 Task = Literal["llm", "vision", "detection", "nlp", "embedding", "speech", "generative", "unknown"]
 Activation = Literal["float", "static", "dynamic"]
 
+FLOAT = "float"  # in overrides: a layer that stays as it is
 FLOAT_SCHEMES = ("fp16", "bf16")
 _WEIGHT_SCHEME = re.compile(r"w(?P<bits>[2-8])(?:a16)?(?:-g(?P<group>\d+)|-(?P<channel>channel))?(?:-(?P<kind>sym|asym))?")
 _ACTIVATION_SCHEME = re.compile(r"w(?P<bits>[2-8])a(?P<act>[2-8])-(?P<when>static|dynamic)")
@@ -257,12 +258,12 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Which tokens the statistics are taken from."""
+    """Which samples the statistics are taken from."""
 
-    data: str  # path of the text
+    data: str  # path of the text, or of labelled data
     data_sha256: str = ""
     samples: int = 64
-    seq_len: int = 512
+    seq_len: int = 512  # tokens per sample of text; 0: samples are items, each as long as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +286,7 @@ class Recipe:
     goals: Goals = field(default_factory=Goals)
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, str] = field(default_factory=dict)  # cpu, isa, threads, os, accelerators
+    preprocess: Mapping[str, Any] | None = None  # how items become inputs (docs/data.md), where the model's files do not say
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ qd: Any = torch.ops.quantized_decomposed
 class TorchGraph:
     """A network of `inputs`; `module` takes them in that order and returns the tensors called `outputs`."""
 
+    suffix = ".pt2"
+
     def __init__(self, module: fx.GraphModule, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> None:
         self.module = module
         self.inputs = inputs
@@ -36,7 +38,11 @@ class TorchGraph:
     @classmethod
     def of(cls, model: torch.nn.Module, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """Export a model, fold its batch norms and take out what only matters for training; the model itself is not changed."""
-        module = export(model.eval(), inputs).module(check_guards=False)
+        return cls.simplified(export(model.eval(), inputs).module(check_guards=False), inputs, outputs)
+
+    @classmethod
+    def simplified(cls, module: torch.nn.Module, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
+        """A program's module with batch norms folded, and without what only matters for training; the program's own is not changed."""
         assert isinstance(module, fx.GraphModule)
         module = copy.deepcopy(module)
         simplify(module)
@@ -67,6 +73,17 @@ class TorchGraph:
     def bias(self, layer: str) -> torch.Tensor | None:
         """The bias of a layer, (N,) float32."""
         return self._argument(layer, 1)
+
+    def layers(self, bits: Mapping[str, int]) -> dict[str, QTensor]:
+        """The codes, scales and zeros of quantized layers, read back from a rounded network; `bits` of each layer's codes."""
+        found = {}
+        for layer, count in bits.items():
+            codes, scale, zero = (get_tensor(self.module, f"{layer}.{name}") for name in (CODES, SCALE, ZERO))
+            half = 1 << (count - 1)
+            rows = (codes.to(torch.int16) + half).to(torch.uint8).reshape(len(codes), -1)
+            zeros = (zero + half).float().unsqueeze(1)
+            found[layer] = QTensor(rows, scale.unsqueeze(1), zeros, count, bool((zeros == half).all()))
+        return found
 
     def run(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """The outputs for one batch."""

@@ -23,7 +23,7 @@ from qhub.quantize.qtensor import QTensor
 from qhub.quantize.taps import Replay, Tap
 from qhub.skeleton import BlockCall, Enough, hidden_of, run_block
 from qhub.spool import Spool
-from qhub.types import Scheme, last_match
+from qhub.types import FLOAT, Recipe, Scheme, last_match
 
 OBSERVED_BATCHES = 2  # batches that show what an input scale is to be chosen for
 SAMPLE_BATCHES = 1  # of these, batches whose outputs judge it
@@ -35,6 +35,12 @@ class LayerChoice:
 
     scheme: Scheme
     overrides: Mapping[str, Scheme | None] = field(default_factory=dict)
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> LayerChoice:
+        """The schemes that a recipe names."""
+        overrides = {pattern: None if text == FLOAT else Scheme.parse(text) for pattern, text in recipe.overrides.items()}
+        return cls(Scheme.parse(recipe.scheme), overrides)
 
     def of(self, name: str) -> Scheme | None:
         """The scheme of layer `name` (full name); the last matching pattern wins."""

@@ -13,9 +13,8 @@ from typing import Any
 
 from qhub.errors import QhubError, UsageError
 from qhub.route.circumstances import hardware, installed
-from qhub.types import Calibration, Goals, ModelSource, Recipe, Route, Scheme, as_json
+from qhub.types import FLOAT, Calibration, Goals, ModelSource, Recipe, Route, Scheme, as_json
 
-FLOAT = "float"
 _CHUNK_BYTES = 1 << 22
 _PIECE_BYTES = 64 << 20
 #: Files beside the weights that decide what a model computes and which tokens it sees.
@@ -27,6 +26,8 @@ _CONFIGS = (
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
+    "preprocessor_config.json",
+    "preprocess.json",
 )
 #: What the bytes of the result depend on; where the files lie, and which versions and machine made them, is not part of it.
 _DETERMINES = ("model_sha256", "method", "scheme", "overrides", "options", "seed")
@@ -43,6 +44,7 @@ class Choices:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
     distributions: tuple[str, ...] = ()  # of the plugins that the run uses
+    preprocess: Mapping[str, Any] | None = None
 
 
 def make_recipe(source: ModelSource, route: Route, goals: Goals, choices: Choices | None = None) -> Recipe:
@@ -51,7 +53,7 @@ def make_recipe(source: ModelSource, route: Route, goals: Goals, choices: Choice
     return Recipe(
         model=source.name,
         model_path=str(source.path),
-        model_sha256=folder_sha256(source.path),
+        model_sha256=model_sha256(source.path),
         target=route.target,
         method=route.method,
         scheme=route.scheme,
@@ -65,6 +67,7 @@ def make_recipe(source: ModelSource, route: Route, goals: Goals, choices: Choice
         goals=goals,
         versions=installed(choices.distributions),
         hardware=hardware(),
+        preprocess=choices.preprocess,
     )
 
 
@@ -72,12 +75,19 @@ def digest(recipe: Recipe) -> str:
     """sha256 over everything in `recipe` that determines the bytes of the result: not paths, goals or versions."""
     data = as_json(recipe)
     decisive = {key: data[key] for key in _DETERMINES}
+    if recipe.preprocess is not None:
+        decisive["preprocess"] = data["preprocess"]
     if recipe.calibration is not None:
         calibration = as_json(recipe.calibration)
         del calibration["data"]
         decisive["calibration"] = calibration
     text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_sha256(path: Path) -> str:
+    """sha256 of a model: of its file, or over its folder's files."""
+    return file_sha256(path) if path.is_file() else folder_sha256(path)
 
 
 def folder_sha256(folder: Path) -> str:
@@ -214,7 +224,7 @@ def _anything(where: str, value: Any) -> Any:  # noqa: ANN401 - a plugin's optio
 
 
 def _calibration(where: str, value: Any) -> Calibration:  # noqa: ANN401 - YAML
-    readers: dict[str, _Reader] = {"data": _text, "data_sha256": _text, "samples": _positive, "seq_len": _positive}
+    readers: dict[str, _Reader] = {"data": _text, "data_sha256": _text, "samples": _positive, "seq_len": _count}
     values = _read(where, value, readers)
     if "data" not in values:
         raise UsageError(f"`{where}` has no `data`", hint="write the path of a text file there")
@@ -250,5 +260,6 @@ _RECIPE: dict[str, _Reader] = {
     "goals": _goals,
     "versions": _mapping(_text),
     "hardware": _mapping(_text),
+    "preprocess": _optional(_mapping(_anything)),
 }
 assert {item.name for item in fields(Recipe)} == set(_RECIPE)  # a field without a reader could not be read back

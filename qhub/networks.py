@@ -1,0 +1,211 @@
+"""The stages of a run whose model is a network as a graph, not a stack of decoder blocks; the same files, other contents.
+
+quantize: recipe.yaml → quantized/ · verify: artifact/ → work/parity.json · evaluate: quantized/ → work/evaluation.json. Each is called
+by its namesake in `stage.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qhub.errors import QhubError
+from qhub.events import Events, Progress
+from qhub.feeding import Feed, feed
+from qhub.graph.sources import EMBEDDING, Source, open_graph
+from qhub.graph.store import QuantizedGraph, copy_companions, write_graph
+from qhub.graph.values import Batch, Quantization
+from qhub.interfaces import Graph, GraphJob, GraphQuantizer, GraphResult
+from qhub.plugins import Plugins
+from qhub.prove.network import Comparison, compare
+from qhub.quantize.block import LayerChoice
+from qhub.route.recipe import digest
+from qhub.route.registry import find_target
+from qhub.rundir import RunDir
+from qhub.types import Recipe, Scheme
+
+VERIFIED_ITEMS = 64
+
+
+def float_graph(run: RunDir, recipe: Recipe, found: Feed) -> Graph:
+    """The float network of a run; `found` is data that it takes."""
+    factory = recipe.model if Path(recipe.model_path).is_file() and recipe.model_path.endswith(".safetensors") else None
+    return open_graph(Source(Path(recipe.model_path), factory, run.settings.trust_remote_code), found.sample())
+
+
+def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, quantizer: GraphQuantizer, events: Events) -> None:
+    """Let the method decide, and write the rounded network into the folder where the QuantizedModel grows."""
+    if recipe.calibration is None:
+        raise QhubError("the recipe names no calibration data", hint="give them with `--calib`")
+    found = feed(recipe, recipe.calibration, seed=recipe.seed or None)
+    result = quantizer.quantize_graph(_job(run, recipe, plugins, found, events))
+    _check(result, recipe)
+    rounded = result.graph.rounded(result.quantization)
+    write_graph(run.partial, rounded, result.quantization, _facts(recipe, result))
+    copy_companions(Path(recipe.model_path), run.partial)
+    if recipe.preprocess is not None:
+        (run.partial / "preprocess.json").write_text(json.dumps(recipe.preprocess, indent=1) + "\n", encoding="utf-8")
+
+
+def _job(run: RunDir, recipe: Recipe, plugins: Plugins, found: Feed, events: Events) -> GraphJob:
+    graph = float_graph(run, recipe, found)
+    judge = _Judge(graph, found)
+    return GraphJob(
+        graph=graph,
+        scheme=Scheme.parse(recipe.scheme),
+        scheme_of=LayerChoice.of_recipe(recipe).of,
+        calibration=found.batches,
+        labels=found.labels if found.has_labels else None,
+        drop_pct=judge.drop_pct,
+        max_drop_pct=recipe.goals.max_drop_pct,
+        work=run.work,
+        note=events.note,
+        progress=_Counter(events).tell,
+        target=find_target(recipe.target, plugins),
+        seed=recipe.seed,
+    )
+
+
+class _Counter:
+    """Progress of work whose length is known once it begins."""
+
+    def __init__(self, events: Events) -> None:
+        self.events = events
+        self.progress: Progress | None = None
+
+    def tell(self, done: int, count: int, what: str) -> None:
+        """`done` of `count` are finished, the last of them `what`."""
+        if self.progress is None or self.progress.count != count:
+            self.progress = Progress(self.events, "quantize", count)
+        self.progress.block(done - 1, what)
+
+
+class _Judge:
+    """How much a rounded network loses on the calibration data; the float network's outputs are kept."""
+
+    def __init__(self, graph: Graph, found: Feed) -> None:
+        self.graph, self.feed = graph, found
+        self.expected: list[Any] | None = None
+
+    def drop_pct(self, rounded: Graph) -> float:
+        """Accuracy drop in percent of the float network's."""
+        if self.expected is None:
+            self.expected = [self.graph.run(batch)[0].numpy() for batch in self.feed.batches()]
+        pairs = zip(self.expected, (rounded.run(batch)[0].numpy() for batch in self.feed.batches()), strict=True)
+        return compare(pairs, self.feed.labels() if self.feed.has_labels else None, embedding=_is_embedding(self.graph)).drop_pct
+
+
+def _is_embedding(graph: Graph) -> bool:
+    return graph.outputs[0] == EMBEDDING
+
+
+def _check(result: GraphResult, recipe: Recipe) -> None:
+    """Refuse a result in which nothing is quantized."""
+    made = result.quantization
+    if not made.weights and not made.casts:
+        raise QhubError(
+            f"`{recipe.method}` left every layer of `{recipe.model}` in float",
+            hint="allow a larger drop: `--max-drop PCT`, or use another method",
+        )
+
+
+def _facts(recipe: Recipe, result: GraphResult) -> dict[str, Any]:
+    layers = [op.layer for op in result.graph.ops if op.has_weight and op.layer is not None]
+    made = result.quantization
+    return {
+        "method": recipe.method,
+        "scheme": recipe.scheme,
+        "recipe_digest": digest(recipe),
+        "layers": {layer: str(Scheme(codes.bits)) for layer, codes in made.weights.items()},
+        "float_layers": [layer for layer in dict.fromkeys(layers) if layer not in made.weights and layer not in made.casts],
+        "notes": dict(result.notes),
+        "sizes": _sizes(result.graph, made),
+    }
+
+
+def _sizes(graph: Graph, made: Quantization) -> dict[str, int]:
+    """Bytes of codes as packed, of scales, and of weights in 16 bits; and how many weights are quantized."""
+    codes = sum((one.bits * one.codes.numel() + 7) // 8 for one in made.weights.values())
+    return {
+        "weights": sum(one.codes.numel() for one in made.weights.values()),
+        "codes": codes,
+        "scales_and_zeros": sum(4 * one.scale.numel() for one in made.weights.values()),
+        "sixteen_bit": sum(2 * graph.weight(layer).numel() for layer in made.casts),
+    }
+
+
+def verify(run: RunDir, recipe: Recipe, plugins: Plugins) -> None:
+    """Open each artifact in its runtime, and compare codes and outputs with the QuantizedModel's.
+
+    :raises QhubError: when the codes in an artifact are not the QuantizedModel's; it names the first such layer.
+    """
+    from qhub.prove.artifact import check_artifact
+    from qhub.stage import runtime_for
+
+    quantized = QuantizedGraph.open(run.quantized)
+    found = first_items(recipe)
+    checks = {}
+    for artifact in run.read("work/artifacts.json"):
+        exporter = plugins.exporters[recipe.exporter or ""]
+        checks[artifact["path"]] = check_artifact(
+            quantized, run.path / artifact["path"], exporter, runtime_for(recipe, artifact["format"], plugins), list(found.batches())
+        )
+    run.write("work/parity.json", checks)
+
+
+def evaluate(run: RunDir, recipe: Recipe, events: Events) -> None:
+    """Measure the float and the quantized network on the same items."""
+    if recipe.evaluation is None:
+        raise QhubError("the recipe names no evaluation data", hint="give them with `--eval`")
+    found = feed(recipe, recipe.evaluation)
+    _warn_of_ranges(recipe, found, events)
+    graph, quantized = float_graph(run, recipe, found), QuantizedGraph.open(run.quantized).graph()
+    made = measure(graph, quantized, found)
+    run.write(
+        "work/evaluation.json",
+        {
+            "metric": made.metric,
+            "items": found.dataset.count,
+            "float": _figures(made, quantized=False),
+            "quantized": _figures(made, quantized=True),
+        },
+    )
+
+
+def measure(graph: Graph, quantized: Graph, found: Feed) -> Comparison:
+    """Both networks on all items of the data."""
+    return compare(
+        _outputs(graph, quantized, found.batches()), found.labels() if found.has_labels else None, embedding=_is_embedding(graph)
+    )
+
+
+def _outputs(graph: Graph, quantized: Graph, batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:
+    for batch in batches:
+        yield graph.run(batch)[0].numpy(), quantized.run(batch)[0].numpy()
+
+
+def _figures(made: Comparison, *, quantized: bool) -> dict[str, Any]:
+    found = made.figures if quantized else made.float_figures
+    return {name: getattr(found, name) for name in ("accuracy", "perplexity", "kl", "top1_agreement", "cosine")}
+
+
+def _warn_of_ranges(recipe: Recipe, found: Feed, events: Events) -> None:
+    """Say when calibration and evaluation feed other values: the seeds' "calibration crash"."""
+    from qhub.data.ranges import collect_ranges, compare_ranges
+
+    if recipe.calibration is None:
+        return
+    calibrated = collect_ranges(feed(recipe, recipe.calibration, seed=recipe.seed or None).batches())
+    for text in compare_ranges(calibrated, collect_ranges(found.batches())):
+        events.warning(text)
+
+
+def first_items(recipe: Recipe) -> Feed:
+    """The items that artifacts are compared on."""
+    data = recipe.evaluation or recipe.calibration
+    if data is None:
+        raise QhubError("the recipe names no data", hint="give them with `--calib` and `--eval`")
+    return feed(recipe, replace(data, samples=min(VERIFIED_ITEMS, data.samples)))
