@@ -1,12 +1,13 @@
-"""Arrays in a `.npz` file: mapped from disk, so that none is ever wholly in memory."""
+"""Arrays in a `.npz` file: unpacked to disk and mapped from there, so that none is ever wholly in memory."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.lib import format as npy
@@ -109,7 +110,7 @@ def _likely(pairs: list[str]) -> str:
 
 
 def _mapped(archive: zipfile.ZipFile, path: Path, name: str) -> NDArray[Any]:
-    """An array of the archive as a map of the file, or of a temporary copy where it is compressed."""
+    """An array of the archive."""
     try:
         with archive.open(f"{name}.npy") as member:
             shape, fortran, dtype = _header(member)
@@ -117,14 +118,9 @@ def _mapped(archive: zipfile.ZipFile, path: Path, name: str) -> NDArray[Any]:
                 raise QhubError(f"`{name}` in `{path}` holds Python objects, not numbers", hint="save it as one array of numbers")
             if not np.prod(shape, dtype=np.int64):
                 return np.empty(shape, dtype)
-            copy = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the map of it
-            _copy(member, copy)
+            return _map_copy(member, shape, dtype, "F" if fortran else "C")
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
         raise QhubError(f"`{name}` in `{path}` is damaged ({error})", hint="write the file again") from None
-    if copy.tell() != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
-        raise QhubError(f"`{name}` in `{path}` is cut off: {copy.tell()} bytes for the shape {shape}", hint="write the file again")
-    order = "F" if fortran else "C"
-    return np.memmap(copy, dtype=dtype, mode="r", shape=shape, order=order)  # type: ignore[call-overload, no-any-return]
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -134,10 +130,14 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return shape, fortran, dtype
 
 
-def _copy(member: IO[bytes], copy: IO[bytes]) -> None:
-    while piece := member.read(_COPY_BYTES):
-        copy.write(piece)
-    copy.flush()
+def _map_copy(member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], order: Literal["C", "F"]) -> NDArray[Any]:
+    """What is left of `member` as an array: a map of a temporary file without a name, which goes with the map."""
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(member, copy, _COPY_BYTES)
+        copy.flush()
+        if copy.tell() != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+            raise ValueError(f"{copy.tell()} bytes for the shape {shape}")
+        return np.memmap(copy, dtype=dtype, mode="r", shape=shape, order=order)
 
 
 def _kind(x: NDArray[Any]) -> tuple[Kind, bool]:
