@@ -23,6 +23,10 @@ _HOMES = {
         "Artifact", "Estimates", "Fact", "Goals", "LayerShape", "ModelProfile", "ModelSource", "OpenOptions", "QuantizedModel", "Recipe",
         "Route", "Scheme", "Target",
     ),
+    "qhub.decoders.config": ("DecoderConfig", "decoder_config"),
+    "qhub.decoders.files": ("DecoderFiles", "misfit", "open_decoder", "read_json"),
+    "qhub.decoders.packed": ("PackedLayer",),
+    "qhub.decoders.tensors": ("MappedTensors",),
     "qhub.quantize.pack": ("pack", "unpack"),
     "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
     "qhub.quantize.grid": (
@@ -39,6 +43,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
+    from qhub.decoders.config import DecoderConfig, decoder_config
+    from qhub.decoders.files import DecoderFiles, misfit, open_decoder, read_json
+    from qhub.decoders.packed import PackedLayer
+    from qhub.decoders.tensors import MappedTensors
     from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
     from qhub.hookspecs import hookimpl
     from qhub.interfaces import (

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 #: From the bottom up: a module may import its own layer and those below.
 LAYERS = (
     ("types", "errors", "events", "locks", "weights", "units", "tokens", "spool", "skeleton"),
-    ("interfaces", "hookspecs", "quantize.qtensor"),
+    ("interfaces", "hookspecs", "quantize.qtensor", "decoders"),
     ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
     ("history", "rundir", "texts", "preflight", "expect", "pipeline", "stage", "worker", "isolation.apart", "convert", "reproduce"),
