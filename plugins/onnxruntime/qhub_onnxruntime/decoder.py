@@ -70,7 +70,11 @@ class DecoderGraph:
         total = graph.node("Cast", [graph.node("Squeeze", [width, zero], "mask/scalar")], "total_sequence_length", to=TensorProto.INT32)
         length = graph.node("Shape", ["input_ids"], "ids/length", start=1, end=2)
         first = graph.node("Max", [graph.node("Sub", [counted, length], "ids/before"), zero], "ids/first")  # padded prompts begin at 0
-        scalars = [graph.constant("begin", np.array(0)), graph.node("Squeeze", [length, zero], "ids/scalar"), graph.constant("step", np.array(1))]
+        scalars = [
+            graph.constant("begin", np.array(0)),
+            graph.node("Squeeze", [length, zero], "ids/scalar"),
+            graph.constant("step", np.array(1)),
+        ]
         offsets = graph.node("Range", scalars, "ids/offsets")
         ids = graph.node("Add", [graph.node("Unsqueeze", [first, one], "ids/column"), offsets], "position_ids")
         return Positions(last, total, ids)

@@ -10,8 +10,10 @@ import onnxruntime
 from qhub import OpenOptions, QhubError, Unsupported, fast_cores
 from qhub_onnxruntime.decoder import LOGITS_FROM
 from qhub_onnxruntime.graph import DATA, MODEL
+from qhub_onnxruntime.linear import ACCURACY
 from qhub_onnxruntime.providers import providers
 
+FLOAT_LEVEL = 1  # float32 in `accuracy_level`
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -38,6 +40,8 @@ def _settings(options: OpenOptions) -> onnxruntime.SessionOptions:
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4  # what goes wrong is raised
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    level = FLOAT_LEVEL if options.exact else ACCURACY
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))  # of what it makes of DequantizeLinear
     return settings
 
 
@@ -50,7 +54,7 @@ def _prepared(path: Path, *, exact: bool) -> bytes:
     for node in model.graph.node if exact else ():
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
-                attribute.i = 1
+                attribute.i = FLOAT_LEVEL
     return bytes(model.SerializeToString())
 
 

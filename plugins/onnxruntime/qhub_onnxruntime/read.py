@@ -102,7 +102,8 @@ def _read(file: OnnxFile, layer: Layer, operator: onnx.NodeProto | None) -> QTen
     import torch
 
     codes, scale, zero = _blocked(file, layer) if operator is not None else _plain(file, layer)
-    tensors = (torch.from_numpy(np.ascontiguousarray(part)) for part in (codes, scale.astype(np.float32), zero.astype(np.float32)))
+    kinds = (np.uint8, np.float32, np.float32)
+    tensors = (torch.from_numpy(np.array(part, dtype=kind, order="C")) for part, kind in zip((codes, scale, zero), kinds, strict=True))
     return QTensor(*tensors, layer.scheme.weight_bits, layer.scheme.symmetric)
 
 
