@@ -23,6 +23,10 @@ _HOMES = {
         "Artifact", "Estimates", "Fact", "Goals", "LayerShape", "ModelProfile", "ModelSource", "OpenOptions", "QuantizedModel", "Recipe",
         "Route", "Scheme", "Target",
     ),
+    "qhub.decoders.config": ("DecoderConfig", "decoder_config"),
+    "qhub.decoders.files": ("DecoderFiles", "misfit", "open_decoder", "read_json"),
+    "qhub.decoders.packed": ("PackedLayer",),
+    "qhub.decoders.tensors": ("MappedTensors",),
     "qhub.graph.placement": ("place",),
     "qhub.graph.values": ("ActivationGrid", "Batch", "GraphInput", "Op", "Point", "Quantization"),
     "qhub.quantize.pack": ("pack", "unpack"),
@@ -41,6 +45,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
 if TYPE_CHECKING:
+    from qhub.decoders.config import DecoderConfig, decoder_config
+    from qhub.decoders.files import DecoderFiles, misfit, open_decoder, read_json
+    from qhub.decoders.packed import PackedLayer
+    from qhub.decoders.tensors import MappedTensors
     from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
     from qhub.graph.placement import place
     from qhub.graph.values import ActivationGrid, Batch, GraphInput, Op, Point, Quantization

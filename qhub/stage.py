@@ -116,7 +116,7 @@ def export(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
 
 
 def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
-    """Open each artifact in its runtime and compare it with the QuantizedModel."""
+    """Open each artifact in its runtime and compare it with the QuantizedModel; one that is not the same fails the run."""
     if is_graph(run.quantized):
         from qhub import networks
 
@@ -125,14 +125,18 @@ def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
     from qhub.prove.parity import compare_codes, compare_logits
 
     checks: dict[str, Any] = {}
+    exporter = plugins.exporters.get(recipe.exporter or "")
+    exporter = None if exporter is None or missing_modules(exporter) else exporter
     for artifact in run.read("work/artifacts.json"):
         runtime = runtime_for(recipe, artifact["format"], plugins)
         lacking = "a runtime for this format" if runtime is None else ", ".join(missing_modules(runtime))
         if runtime is None or lacking:
-            checks[artifact["path"]] = compare_codes(run.quantized, run.path / artifact["path"], f"{lacking} is not installed here")
+            checks[artifact["path"]] = compare_codes(
+                run.quantized, run.path / artifact["path"], f"{lacking} is not installed here", exporter
+            )
             continue
         ids = _windows(run, recipe, recipe.evaluation or recipe.calibration, first=64)
-        checks[artifact["path"]] = compare_logits(run.quantized, run.path / artifact["path"], runtime, ids)
+        checks[artifact["path"]] = compare_logits(run.quantized, run.path / artifact["path"], runtime, ids, exporter)
     run.write("work/parity.json", checks)
 
 

@@ -40,7 +40,7 @@ def test_targets_show_gives_every_fact_with_its_source(qhub):
     (row,) = [line for line in ran.out.splitlines() if line.startswith("bandwidth")]
     assert "17.1 GB/s" in row
     assert "derived: 32-bit LPDDR4X-4267" in row
-    assert [line for line in ran.out.splitlines() if line.startswith("llm by")] == ["llm by         gguf, native"]
+    assert [line for line in ran.out.splitlines() if line.startswith("llm by")] == ["llm by         gguf, native, onnxruntime"]
     document = json.loads(qhub("targets", "show", "raspberry-pi-5", "--json").out)
     assert document["bandwidth_bytes_per_s"]["value"] == 17.1e9
     assert qhub("targets", "show", "zx81") == (2, "", "error: unknown target `zx81`\n\nhint: `qhub targets` lists the known ones\n")

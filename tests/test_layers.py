@@ -13,16 +13,16 @@ ROOT = Path(__file__).parent.parent
 #: From the bottom up: a module may import its own layer and those below.
 LAYERS = (
     ("types", "errors", "events", "locks", "weights", "units", "tokens", "spool", "skeleton"),
-    ("interfaces", "hookspecs", "quantize.qtensor", "graph", "data"),
+    ("interfaces", "hookspecs", "quantize.qtensor", "decoders", "graph", "data"),
     ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
-    ("history", "rundir", "texts", "preflight", "expect", "pipeline", "stage", "worker", "isolation.apart", "convert", "reproduce"),
+    ("history", "rundir", "texts", "preflight", "feeding", "networks", "expect", "pipeline", "stage", "worker", "isolation.apart", "convert", "reproduce"),
     ("opening", "chat"),
     ("tune", "testing", "scaffold"),
     ("cli", "__main__"),
 )
 SIBLINGS_ALLOWED = {("prove", "quantize.store"), ("prove", "quantize.layouts.reader")}
-PLUGINS = ("awq", "demo", "gptq", "hf", "native", "rtn")
+PLUGINS = ("awq", "demo", "gptq", "hf", "native", "onnxruntime", "rtn")
 
 
 def imports_of(file: Path) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import quantize, random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
-from qhub import Quantizer, Runtime, quantize_rtn
-from qhub.prove.parity import compare_logits, reference_logits
+from qhub import Exporter, Quantizer, Runtime, quantize_rtn
+from qhub.errors import DamagedModelError
+from qhub.prove.parity import Codes, compare_codes, compare_logits, read_codes, reference_logits
 from qhub.quantize.observe import set_weight
 from qhub.quantize.store import METADATA, QuantizedWeights
 
@@ -92,6 +94,7 @@ def test_the_largest_difference_is_reported(quantized, offset):
         "checked": True,
         "max_abs_diff": pytest.approx(abs(offset), abs=1e-5),
         "codes_identical": True,
+        "top1_agreement": pytest.approx(1.0, abs=0.02),
         "how": "opened with `offset`; logits of 64 tokens against qhub's reference; codes read back from the file",
     }
     assert [session.closed for session in runtime.sessions] == [True]
@@ -120,9 +123,51 @@ def test_one_number_that_differs_is_seen(quantized, tmp_path, shard, name, added
     tensors = load_file(path)
     tensors[name].view(-1)[0] += added
     save_file(tensors, path)
-    found = compare_logits(quantized, artifact, Offset(), IDS.numpy())
-    assert found["codes_identical"] is False
-    assert found["max_abs_diff"] > 1e-5
+    layer = name.rpartition(".")[0]
+    assert read_codes(quantized, artifact) == Codes(False, layer)
+    for compared in (
+        lambda: compare_logits(quantized, artifact, Offset(), IDS.numpy()),
+        lambda: compare_codes(quantized, artifact, "nothing opens it"),
+    ):
+        with pytest.raises(DamagedModelError, match=f"are not those that were quantized, first in layer `{layer}`"):
+            compared()
+
+
+def test_logits_that_are_others_fail_with_how_much(quantized):
+    with pytest.raises(DamagedModelError, match=r"logits of `offset` are .*% off qhub's reference; 2% is rounding"):
+        compare_logits(quantized, quantized, Offset(1e3), IDS.numpy())
+
+
+class Reading(Exporter):
+    """Reads back what the QuantizedModel holds, but for one change."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def read_layers(self, path):
+        weights = QuantizedWeights(path)
+        return self.change({name: weights.layer(name) for name in weights.schemes})
+
+
+def with_code(layers):
+    codes = layers[UP].codes.clone()
+    codes[0, 0] ^= 1
+    return {**layers, UP: dataclasses.replace(layers[UP], codes=codes)}
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (lambda layers: layers, Codes(True)),
+        (with_code, Codes(False, UP)),
+        (lambda layers: {name: layer for name, layer in layers.items() if name != DOWN}, Codes(False, DOWN)),
+        (lambda layers: {**layers, "more": layers[UP]}, Codes(False, "more")),
+        (lambda layers: {**layers, UP: dataclasses.replace(layers[UP], symmetric=True)}, Codes(False, UP)),
+    ],
+    ids=["the same", "a code", "a layer missing", "a layer more", "said to be symmetric"],
+)
+def test_what_an_exporter_reads_back_is_compared_layer_by_layer(quantized, change, wanted):
+    assert read_codes(quantized, quantized, Reading(change)) == wanted
 
 
 def test_codes_of_a_format_that_qhub_does_not_read_are_unknown(quantized, tmp_path):

@@ -287,7 +287,7 @@ def test_a_target_that_nothing_installed_finishes_ends_with_the_quantized_model(
 def test_without_any_exporter_the_route_ends_with_the_quantized_model_too():
     route = first(plugins=installed(Nearest()))
     assert (route.exporter, route.runtime) == (None, None)
-    assert set(route.missing) == {"qhub-hf", "qhub-openvino", "qhub-gguf", "qhub-native"}
+    assert set(route.missing) == {"qhub-hf", "qhub-openvino", "qhub-gguf", "qhub-native", "qhub-onnxruntime"}
     assert "`qhub-hf` or `" in route.warnings[0]
     assert "(planned, not published yet) would finish it" in route.warnings[0]
 

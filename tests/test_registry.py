@@ -182,14 +182,14 @@ def test_a_planned_plugin_is_not_in_this_repository(name):
     ("targets", "llm", "vision", "speech"),
     [
         ("apple-m1 apple-m2 apple-m3 apple-m4 ios", "mlx gguf", "coreml onnxruntime", "coreml onnxruntime"),
-        ("raspberry-pi-4 raspberry-pi-5 arm-cpu", "gguf native", "onnxruntime tflite", "onnxruntime tflite"),
+        ("raspberry-pi-4 raspberry-pi-5 arm-cpu", "gguf native onnxruntime", "onnxruntime tflite", "onnxruntime tflite"),
         ("jetson-orin-nano jetson-agx-orin", "gguf tensorrt", "tensorrt onnxruntime", "tensorrt onnxruntime"),
-        ("intel-cpu-avx2 intel-cpu-avx-vnni intel-cpu-avx512-vnni intel-cpu-amx", "openvino gguf native hf",
+        ("intel-cpu-avx2 intel-cpu-avx-vnni intel-cpu-avx512-vnni intel-cpu-amx", "openvino gguf native onnxruntime hf",
          "openvino onnxruntime", "openvino onnxruntime"),
-        ("ai-pc", "openvino gguf hf", "openvino onnxruntime", "openvino onnxruntime"),
+        ("ai-pc", "openvino gguf onnxruntime hf", "openvino onnxruntime", "openvino onnxruntime"),
         ("ai-pc-gpu", "openvino gguf", "openvino onnxruntime", "openvino onnxruntime"),
         ("ai-pc-npu", "openvino", "openvino onnxruntime", "openvino onnxruntime"),
-        ("amd-cpu-zen4 amd-cpu-zen5", "gguf native hf openvino", "onnxruntime openvino", "onnxruntime openvino"),
+        ("amd-cpu-zen4 amd-cpu-zen5", "gguf native onnxruntime hf openvino", "onnxruntime openvino", "onnxruntime openvino"),
         ("ryzen-ai", "onnxruntime", "onnxruntime", "onnxruntime"),
         ("nvidia-turing nvidia-ampere nvidia-a100 nvidia-ada nvidia-hopper nvidia-blackwell", "hf gguf",
          "tensorrt onnxruntime", "tensorrt onnxruntime"),
@@ -215,11 +215,11 @@ def test_every_device_is_in_the_table_of_what_people_use():
 @pytest.mark.parametrize(
     ("facts", "names"),
     [
-        ({"isa": ("avx2",), "vendor": "intel", "accelerators": ("gpu-intel", "npu-intel")}, "openvino gguf native hf"),
+        ({"isa": ("avx2",), "vendor": "intel", "accelerators": ("gpu-intel", "npu-intel")}, "openvino gguf native onnxruntime hf"),
         ({"isa": ("avx2",), "vendor": "amd", "accelerators": ("npu-xdna2",)}, "onnxruntime gguf native hf openvino"),
         ({"isa": ("avx2",), "vendor": "intel", "accelerators": ("cuda-8.9",)}, "hf gguf"),
-        ({"isa": ("avx",), "vendor": "intel"}, "gguf hf"),
-        ({"isa": ("avx2",), "os": "windows"}, "gguf hf openvino"),
+        ({"isa": ("avx",), "vendor": "intel"}, "gguf onnxruntime hf"),
+        ({"isa": ("avx2",), "os": "windows"}, "gguf onnxruntime hf openvino"),
     ],
     ids=["Intel laptop with NPU", "AMD laptop with NPU", "PC with a graphics card", "no AVX2", "unknown CPU"],
 )

@@ -76,6 +76,7 @@ def test_report_json_has_the_fields_of_the_contract():
         "max_abs_diff": 1.5e-6,
         "codes_identical": True,
         "how": "logits of 64 tokens",
+        "top1_agreement": None,
     }
     assert data["stages"] == [{"name": "quantize", "seconds": 12.3, "peak_rss_bytes": 300_000_000}]
 

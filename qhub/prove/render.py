@@ -118,6 +118,8 @@ def _artifact_rows(report: Report) -> tuple[tuple[str, ...], ...]:
         said = [] if parity.codes_identical is None else [f"codes {'identical' if parity.codes_identical else 'DIFFER'}"]
         if parity.max_abs_diff is not None:
             said.append(f"largest difference {parity.max_abs_diff:.2g}")
+        if parity.top1_agreement is not None:
+            said.append(f"same top-1 {100 * parity.top1_agreement:.4g} %")
         rows.append((artifact.format, human_bytes(artifact.bytes), ", ".join(said) if parity.checked and said else "not checked"))
     return tuple(rows)
 

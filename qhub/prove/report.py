@@ -61,12 +61,16 @@ class TargetsResult:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an artifact is from the QuantizedModel it was made of; `how` says how that was found."""
+    """How far an artifact is from the QuantizedModel it was made of; `how` says how that was found.
+
+    `top1_agreement`: the share of positions whose most probable next token is the reference's.
+    """
 
     checked: bool
     max_abs_diff: float | None = None
     codes_identical: bool | None = None
     how: str = ""
+    top1_agreement: float | None = None
 
 
 @dataclass(frozen=True)

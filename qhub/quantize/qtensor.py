@@ -32,6 +32,11 @@ class QTensor:
     bits: int
     symmetric: bool
 
+    def equals(self, other: QTensor) -> bool:
+        """Whether both hold the same numbers of the same bits."""
+        alike = all(torch.equal(one, two) for one, two in ((self.codes, other.codes), (self.scale, other.scale), (self.zero, other.zero)))
+        return alike and (self.bits, self.symmetric) == (other.bits, other.symmetric)
+
     @property
     def group_size(self) -> int:
         """Consecutive inputs that share a scale; K itself when there is one scale per output."""

@@ -169,7 +169,7 @@ def ways(search: Search, target: Target) -> tuple[list[Way], list[Rejected]]:
     finished = [way for way in found if way.finished]
     if finished or search.wanted.runtimes:
         best = [entry.name for entry in finishers]
-        return sorted(finished, key=lambda way: _place(way.runtime, best)), rejected
+        return sorted(_without_variants(finished), key=lambda way: _place(way.runtime, best)), rejected
     order = list(search.registry.index)
     found.sort(key=lambda way: order.index(way.name) if way.name in order else len(order))
     exporter_only = found[0].exporter if found else None
@@ -181,6 +181,13 @@ def ways(search: Search, target: Target) -> tuple[list[Way], list[Rejected]]:
 def _place(runtime: Runtime | None, best: Sequence[str]) -> int:
     """The place of an engine among what people use on the device; one that the registry does not know comes last."""
     return best.index(runtime.name) if runtime is not None and runtime.name in best else len(best)
+
+
+def _without_variants(found: Sequence[Way]) -> list[Way]:
+    """Without an engine's further formats where the exporter of the engine's own name is there: those are for who names them."""
+    pairs = [(way, way.exporter and way.exporter.name, way.runtime and way.runtime.name) for way in found]
+    own = {runtime for _, exporter, runtime in pairs if exporter == runtime}
+    return [way for way, exporter, runtime in pairs if exporter == runtime or runtime not in own]
 
 
 def _ways_of(exporter: Exporter, search: Search, target: Target, rejected: list[Rejected]) -> list[Way]:

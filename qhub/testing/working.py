@@ -18,7 +18,7 @@ from qhub.errors import QhubError
 from qhub.events import Events
 from qhub.interfaces import Exporter, Quantizer, Runtime
 from qhub.plugins import Plugins
-from qhub.prove.parity import codes_identical, reference_logits
+from qhub.prove.parity import MOST_OFF, read_codes, reference_logits, share_off
 from qhub.quantize.block import LayerChoice
 from qhub.quantize.grid import quantize_rtn
 from qhub.quantize.qtensor import QTensor
@@ -33,7 +33,6 @@ from qhub.types import Artifact, ModelSource, OpenOptions, QuantizedModel, Recip
 EXPORTED = ("w4a16-g128-asym", "w4a16-g128-sym", "w4a16-g32-asym", "w4a16-g32-sym", "w8a16", "w4a16-channel-sym", "w4a16-channel-asym")
 _LAST_NOTE = "block-00001.json"  # of the walk: the second block is done when it appears
 _NEW_TOKENS = 4
-_LOGITS_SHARE = 0.02  # of the reference's size: what rounding in another order may change
 
 
 class _Nearest(Quantizer):
@@ -228,7 +227,7 @@ def _exports_again(exporter: Exporter, folder: Path, first: Artifact) -> None:
 def _exact(exporter: Exporter, model: Path, artifact: Path) -> None:
     expected, found = QuantizedWeights(model), exporter.read_layers(artifact)
     if found is None:
-        same = codes_identical(model, artifact)
+        same = read_codes(model, artifact).identical
         if same is None:
             raise CheckSkippedError("it has no `read_layers`, so only a runtime of this format can tell")
         if not same:
@@ -252,9 +251,9 @@ def _opens(runtime: Runtime, plugins: Plugins, folder: Path) -> None:
     found = _with_session(runtime, folder / "artifact", lambda session: session.logits(ids.numpy()))
     if tuple(found.shape) != tuple(expected.shape) or str(found.dtype) != "float32":
         raise CheckFailedError(f"logits are {found.dtype} {tuple(found.shape)}, not float32 {tuple(expected.shape)}")
-    difference = (torch.from_numpy(found) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
-    if not float(difference) <= _LOGITS_SHARE:
-        raise CheckFailedError(f"logits differ from the reference by {float(difference):.2%}; at most {_LOGITS_SHARE:.0%} is rounding")
+    difference = share_off(torch.from_numpy(found), expected)
+    if not difference <= MOST_OFF:
+        raise CheckFailedError(f"logits differ from the reference by {difference:.2%}; at most {MOST_OFF:.0%} is rounding")
 
 
 def _artifact(runtime: Runtime, plugins: Plugins, folder: Path) -> None:

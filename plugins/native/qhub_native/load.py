@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qhub import QhubError, Scheme, Unsupported
+from qhub import DecoderConfig, misfit, open_decoder
 from qhub_native import packs
 from qhub_native._native import Architecture, Decoder, Embedding, Linear, Pool
-from qhub_native.families import Family, family_of
 from qhub_native.matrices import STACKS, Matrices, Run, pack_all
 from qhub_native.selector import Selector, ShapeKey, by_shape
-from qhub_native.tensors import Tensors
 
 _SIZES = ("hidden", "heads", "kv_heads", "dim", "ffn", "vocabulary", "context", "eps", "gate")
 _FACTORS = ("embedding_scale", "attention_scale", "attention_softcap", "logit_softcap")
@@ -43,7 +40,7 @@ class Loaded:
     `bytes_per_token` of weights are read for a new token: every matrix. `from_cache`: they came packed from there.
     """
 
-    family: Family
+    config: DecoderConfig
     decoder: Decoder
     pool: Pool
     options: Options
@@ -54,55 +51,23 @@ class Loaded:
     owners: tuple[Any, ...]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    :raises QhubError: when it is missing or damaged.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise QhubError(
-            f"`{path.parent}` is not a model that qhub quantized: it has no {path.name}", hint="`qhub run MODEL` makes one"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise QhubError(f"`{path}` cannot be read: {error}", hint="quantize the model again") from None
-    if not isinstance(value, dict):
-        raise QhubError(f"`{path}` is not a JSON object", hint="quantize the model again")
-    return value
-
-
 def load(folder: Path, options: Options) -> Loaded:
     """Open the QuantizedModel in `folder`.
 
     :raises Unsupported: when the family or a scheme has no kernels here.
     :raises QhubError: when the folder is not a whole QuantizedModel.
     """
-    if not (folder / "qhub.json").exists():
-        raise Unsupported(
-            f"`{folder}` is not a model that qhub quantized: it has no qhub.json", hint="`qhub run MODEL` makes such a folder"
-        )
-    metadata = read_json(folder / "qhub.json")
+    files = open_decoder(folder, "native")
     try:
-        family = family_of(read_json(folder / "config.json"))
-        schemes = {str(name): Scheme.parse(text) for name, text in metadata["layers"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise QhubError(
-            f"`{folder}` is damaged: its config.json or qhub.json lacks or garbles {error}", hint="quantize the model again"
-        ) from None
-    if metadata.get("transposed"):
-        raise Unsupported("`native` does not run layers that are stored transposed", hint="`--runtime hf` opens it with transformers")
-    try:
-        return _Loader(Matrices(Tensors(folder), family, schemes), options).load()
+        return _Loader(Matrices(files), options).load()
     except (ValueError, TypeError, OverflowError, MemoryError) as error:  # what the binding and numpy say of shapes that do not fit
-        first = str(error).strip().partition("\n")[0]
-        raise QhubError(f"`{folder}` does not fit its config.json: {first}", hint="quantize the model again") from None
+        raise misfit(folder, error) from None
 
 
 class _Loader:
     def __init__(self, matrices: Matrices, options: Options) -> None:
         self.matrices, self.options = matrices, options
-        self.tensors, self.family = matrices.tensors, matrices.family
+        self.files, self.tensors, self.config = matrices.files, matrices.tensors, matrices.files.config
         self.pool = Pool(options.threads)
 
     def load(self) -> Loaded:
@@ -112,7 +77,7 @@ class _Loader:
         total = sum(entry.shape.packed_bytes for entry in opened.entries.values())
         dense = sum(self.tensors.info(f"{name}.weight").bytes for name, linear in linears.items() if not linear.is_packed)
         selector, owners = self._selector(opened, linears), (opened, self.tensors)
-        return Loaded(self.family, decoder, self.pool, self.options, total, total + dense, opened.from_cache, selector, owners)
+        return Loaded(self.config, decoder, self.pool, self.options, total, total + dense, opened.from_cache, selector, owners)
 
     def _open_pack(self) -> packs.Pack:
         key = packs.key_of(self.tensors.files.files(), {"exact": self.options.exact, "head": self.matrices.head})
@@ -130,50 +95,32 @@ class _Loader:
         return Selector(by_shape((key, linears[name]) for name, key in keys.items()), keys.get(self.matrices.head), self.pool, forced)
 
     def _decoder(self, linears: dict[str, Linear]) -> Decoder:
-        decoder = Decoder(_architecture(self.family), list(self.family.tables), self.pool, self.options.kernel, self.options.exact)
-        for block in range(self.family.layers):
+        decoder = Decoder(_architecture(self.config), list(self.config.tables), self.pool, self.options.kernel, self.options.exact)
+        for block in range(self.config.layers):
             stacks = {stack: self._stack(linears, self.matrices.runs[block, stack]) for stack in STACKS}
-            decoder.add_layer(**stacks, norms=self._norms(block), window=self.family.windows[block], rope=self.family.ropes[block])
-        rows = self.tensors.info(f"{self.matrices.prefix}embed_tokens.weight")
+            decoder.add_layer(**stacks, norms=self.files.norms(block), window=self.config.windows[block], rope=self.config.ropes[block])
+        rows = self.tensors.info(f"{self.files.embedding}.weight")
         embedding = Embedding(str(rows.file), rows.offset, rows.dtype, *rows.shape)
         head = linears.get(self.matrices.head) or linears.setdefault(self.matrices.head, self._dense(self.matrices.head))
-        decoder.set_ends(embedding, head, self._norm(f"{self.matrices.prefix}norm"))
+        decoder.set_ends(embedding, head, self.files.last_norm())
         return decoder
 
     def _stack(self, linears: dict[str, Linear], runs: list[Run]) -> list[Linear]:
         stack = []
         for names in runs:
             linear = linears.get(names[0]) or linears.setdefault(names[0], self._dense(names[0]))
-            if any(f"{name}.bias" in self.tensors for name in names):
-                linear.set_bias(np.concatenate([self._bias(name) for name in names]))
+            biases = [self.files.bias(name) for name in names]
+            if any(bias is not None for bias in biases):
+                linear.set_bias(np.concatenate([self._filled(name, bias) for name, bias in zip(names, biases, strict=True)]))
             stack.append(linear)
         return stack
 
-    def _bias(self, name: str) -> NDArray[np.float32]:
-        if f"{name}.bias" in self.tensors:
-            return self.tensors.floats(f"{name}.bias")
-        return np.zeros(int(self.tensors.array(f"{name}.weight_shape")[0]), dtype=np.float32)
+    def _filled(self, name: str, bias: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        return np.zeros(self.files.shape(name)[0], dtype=np.float32) if bias is None else bias
 
     def _dense(self, name: str) -> Linear:
         info = self.tensors.info(f"{name}.weight")
         return Linear.dense(self.tensors.raw(f"{name}.weight"), info.dtype, *info.shape)
-
-    def _norms(self, block: int) -> dict[str, NDArray[np.float32]]:
-        at = f"{self.matrices.prefix}layers.{block}"
-        names = {"attention": f"{at}.input_layernorm", "mlp": f"{at}.post_attention_layernorm"}
-        if self.family.gemma:
-            names |= {
-                "attention_out": names["mlp"],
-                "mlp": f"{at}.pre_feedforward_layernorm",
-                "mlp_out": f"{at}.post_feedforward_layernorm",
-            }
-        if self.family.head_norms:
-            names |= {"query": f"{at}.self_attn.q_norm", "key": f"{at}.self_attn.k_norm"}
-        return {place: self._norm(name) for place, name in names.items()}
-
-    def _norm(self, name: str) -> NDArray[np.float32]:
-        weight = self.tensors.floats(f"{name}.weight")
-        return weight + np.float32(1) if self.family.gemma else weight
 
 
 def _keep(path: Path, key: str, made: packs.Pack) -> None:
@@ -186,8 +133,8 @@ def _keep(path: Path, key: str, made: packs.Pack) -> None:
     threading.Thread(target=write, name="qhub-native-pack").start()
 
 
-def _architecture(family: Family) -> Architecture:
+def _architecture(config: DecoderConfig) -> Architecture:
     made = Architecture()
     for name in (*_SIZES, *_FACTORS):
-        setattr(made, name, getattr(family, name))
+        setattr(made, name, getattr(config, name))
     return made

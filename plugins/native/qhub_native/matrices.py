@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qhub import QhubError, Scheme
+from qhub import DecoderFiles, PackedLayer, QhubError
 from qhub_native import packs
 from qhub_native._native import Pool, Shape, pack, pack_float
-from qhub_native.families import Family
-from qhub_native.layers import GROUPS, Stored, packed_shape, read_layer
-from qhub_native.tensors import Tensors
+from qhub_native.layers import GROUPS, packed_shape, part_of
 
 STACKS = ("qkv", "out", "gate_up", "down")
 #: Layers that become one matrix, one below the other; the first one's name is the matrix's.
@@ -21,28 +19,17 @@ Run = tuple[str, ...]
 
 
 class Matrices:
-    """The linear layers of a model by their place in the decoder. `prefix` is what the names of its tensors begin with."""
+    """The linear layers of a model by their place in the decoder, and which of them become one matrix."""
 
-    def __init__(self, tensors: Tensors, family: Family, schemes: Mapping[str, Scheme]) -> None:
-        self.tensors, self.family, self.schemes = tensors, family, schemes
-        self.prefix = "model." if "model.embed_tokens.weight" in tensors else ""
-        own_head = not family.tied and ("lm_head.weight" in tensors or "lm_head" in schemes)
-        self.head = "lm_head" if own_head else f"{self.prefix}embed_tokens"
-        self.runs = {(block, stack): self._grouped(names) for block, stack, names in self._places()}
+    def __init__(self, files: DecoderFiles) -> None:
+        self.files, self.tensors, self.schemes, self.head = files, files.tensors, files.schemes, files.head
+        blocks = range(files.config.layers)
+        self.runs = {(block, stack): self._grouped(names) for block in blocks for stack, names in files.linears(block).items()}
 
     def packed(self) -> Iterator[Run]:
         """The layers of each matrix of quantized weights."""
         for runs in (*self.runs.values(), [(self.head,)]):
             yield from (names for names in runs if names[0] in self.schemes)
-
-    def _places(self) -> Iterator[tuple[int, str, Run]]:
-        for block in range(self.family.layers):
-            attention, mlp = f"{self.prefix}layers.{block}.self_attn", f"{self.prefix}layers.{block}.mlp"
-            fused = self.family.fused
-            yield block, "qkv", (f"{attention}.qkv_proj",) if fused else tuple(f"{attention}.{x}_proj" for x in "qkv")
-            yield block, "out", (f"{attention}.o_proj",)
-            yield block, "gate_up", (f"{mlp}.gate_up_proj",) if fused else (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-            yield block, "down", (f"{mlp}.down_proj",)
 
     def _grouped(self, names: Run) -> list[Run]:
         """Those of one scheme that follow one another together."""
@@ -58,7 +45,7 @@ def pack_all(matrices: Matrices, pool: Pool, *, exact: bool) -> packs.Pack:
 
     :raises QhubError: when a layer is not what its scheme says.
     """
-    shapes = {names[0]: packed_shape(matrices.tensors, names, matrices.schemes[names[0]]) for names in matrices.packed()}
+    shapes = {names[0]: packed_shape(matrices.files, names) for names in matrices.packed()}
     rounded = not exact and matrices.head not in shapes
     if rounded:
         shapes[matrices.head] = _head_shape(matrices)
@@ -66,7 +53,7 @@ def pack_all(matrices: Matrices, pool: Pool, *, exact: bool) -> packs.Pack:
     memory = aligned(max((entry.offset + entry.shape.packed_bytes for entry in entries.values()), default=0))
     made = packs.Pack(entries, memory, from_cache=False)
     for names in matrices.packed():
-        parts = [read_layer(matrices.tensors, name, matrices.schemes[name]) for name in names]
+        parts = [matrices.files.packed(name) for name in names]
         exponent = _pack_parts(matrices, pool, parts, (shapes[names[0]], made.matrix(names[0])))
         entries[names[0]] = replace(entries[names[0]], exponent=exponent)
         matrices.tensors.release()
@@ -79,12 +66,12 @@ def pack_all(matrices: Matrices, pool: Pool, *, exact: bool) -> packs.Pack:
     return made
 
 
-def _pack_parts(matrices: Matrices, pool: Pool, parts: list[Stored], to: tuple[Shape, NDArray[np.uint8]]) -> int:
+def _pack_parts(matrices: Matrices, pool: Pool, parts: list[PackedLayer], to: tuple[Shape, NDArray[np.uint8]]) -> int:
     """The exponent of the scales of the matrix that the parts become in the memory `to`."""
     try:
-        return int(pack(pool, to[0], [part.part() for part in parts], to[1]))
+        return int(pack(pool, to[0], [part_of(part) for part in parts], to[1]))
     except ValueError as error:
-        message = f"a layer of `{matrices.tensors.files.folder}` does not fit its scheme: {error}"
+        message = f"a layer of `{matrices.files.folder}` does not fit its scheme: {error}"
         raise QhubError(message, hint="quantize the model again") from None
 
 

@@ -39,8 +39,8 @@ class NativeSession:
 
     def __init__(self, path: Path, options: Options) -> None:
         self.loaded: Loaded = load(path, options)
-        self.family = self.loaded.family
-        self.stops = self.family.stops
+        self.config = self.loaded.config
+        self.stops = self.config.stops
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """ids (B, T) → next-token logits (B, T, V) float32; the B sequences go through together."""
@@ -55,9 +55,9 @@ class NativeSession:
 
     def sequence(self, capacity: int | None = None) -> _native.Sequence:
         """An empty conversation with room for `capacity` tokens (default: the model's context)."""
-        wanted = capacity or self.family.context
-        if wanted > self.family.context:
-            message = f"`{wanted}` tokens do not fit the model's context of {self.family.context}"
+        wanted = capacity or self.config.context
+        if wanted > self.config.context:
+            message = f"`{wanted}` tokens do not fit the model's context of {self.config.context}"
             raise QhubError(message, hint="shorten the prompt, or ask for fewer new tokens")
         return self.loaded.decoder.sequence(wanted, 32 if self.loaded.options.exact else self.loaded.options.cache_bits)
 
@@ -82,7 +82,7 @@ class NativeSession:
     ) -> Iterator[int]:
         """Token ids that continue `ids`, one at a time, until a stop token; `sampling` says more than the other words."""
         chosen = sampling or Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        sequence = self.sequence(min(self.family.context, len(ids) + max_new_tokens))
+        sequence = self.sequence(min(self.config.context, len(ids) + max_new_tokens))
         yield from self.reply(sequence, ids, max_new_tokens, chosen, until_stop=until_stop)
 
     def conversation(self) -> NativeConversation:
@@ -131,8 +131,8 @@ class NativeSession:
         tokens = np.asarray(ids)
         if tokens.size == 0:
             raise QhubError("there are no tokens", hint="give a prompt of at least one token")
-        if tokens.min() < 0 or tokens.max() >= self.family.vocabulary:
-            raise QhubError(f"a token is not in the vocabulary of {self.family.vocabulary}", hint="use the model's own tokenizer")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocabulary:
+            raise QhubError(f"a token is not in the vocabulary of {self.config.vocabulary}", hint="use the model's own tokenizer")
         return np.ascontiguousarray(tokens, dtype=np.int32)
 
     def close(self) -> None:

@@ -156,7 +156,7 @@ def attempt(folder: Path, draw: random.Random) -> str:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     try:
         opened = NativeSession(folder, Options(1, _native.kernel_names()[-1], exact=draw.random() < 0.5, forced=True))
-        if opened.family.context < 1 << 20:
+        if opened.config.context < 1 << 20:
             opened.feed(opened.sequence(8), [1, 2, 3])
         return "ran"
     except QhubError as error:

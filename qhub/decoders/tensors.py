@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qhub import QhubError, TensorInfo, WeightFiles
+from qhub.errors import QhubError
+from qhub.weights import TensorInfo, WeightFiles
 
 _ALIGNED = 8
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
 
-class Tensors:
+class MappedTensors:
     """A model folder's safetensors files, mapped read-only."""
 
     def __init__(self, folder: Path) -> None:

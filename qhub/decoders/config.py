@@ -1,4 +1,4 @@
-"""What a model's config.json says, as the decoder takes it: one description for every family that runs here."""
+"""What a model's config.json says, as an engine builds a decoder from it: one description for every family that is known."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qhub import Unsupported
-from qhub_native.rope import Table, rope_table
+from qhub.decoders.rope import Table, rope_table
+from qhub.errors import Unsupported
 
 #: config.json's `model_type` → what the family does differently from Llama. Source: transformers' modeling files.
 _FAMILIES: Mapping[str, Mapping[str, Any]] = {
@@ -21,16 +21,19 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "phi3": {"fused": True},
 }
 MOST_LAYERS, MOST_DIM = 10_000, 65_536
+_ELSEWHERE = "`--runtime hf` opens it with transformers"
 _GATES = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
 
 
 @dataclass(frozen=True)
-class Family:
+class DecoderConfig:
     """A decoder: sizes, the constants of its formulas, and what each layer sees.
 
+    `kind` is config.json's `model_type`.
     `windows` (layers): positions that a layer's queries see, 0 for all. `ropes` (layers): which of `tables` it turns by.
     """
 
+    kind: str
     hidden: int
     layers: int
     heads: int
@@ -55,23 +58,25 @@ class Family:
     stops: tuple[int, ...] = field(default=())
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The description of the model whose config.json is `config`.
+def decoder_config(config: Mapping[str, Any], engine: str) -> DecoderConfig:
+    """The description of the model whose config.json is `config`, for `engine`, which errors name.
 
     :raises Unsupported: when the family, its activation or its rope scaling is not known here.
+    :raises ValueError: when a size is not possible; a missing one is a KeyError.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
-        raise Unsupported(f"`native` does not run `{kind}` models; it runs {known}", hint="`--runtime hf` opens it with transformers")
+        raise Unsupported(f"`{engine}` does not run `{kind}` models; it runs {known}", hint=_ELSEWHERE)
     traits = _FAMILIES[kind]
     hidden, heads, layers = int(config["hidden_size"]), int(config["num_attention_heads"]), int(config["num_hidden_layers"])
     dim = int(config.get("head_dim") or hidden // heads)
     _check_sizes(layers, dim)
     context = int(config["max_position_embeddings"])
     windows = _windows(config, layers)
-    tables, ropes = _ropes(config, windows, dim, context)
-    return Family(
+    tables, ropes = _ropes(config, windows, (dim, context), engine)
+    return DecoderConfig(
+        kind=kind,
         hidden=hidden,
         layers=layers,
         heads=heads,
@@ -81,7 +86,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         vocabulary=int(config["vocab_size"]),
         context=context,
         eps=float(config.get("rms_norm_eps", 1e-6)),
-        gate=_gate(config),
+        gate=_gate(config, engine),
         attention_scale=float(config.get("query_pre_attn_scalar") or dim) ** -0.5,
         tables=tables,
         ropes=ropes,
@@ -104,10 +109,10 @@ def _check_sizes(layers: int, dim: int) -> None:
         raise ValueError(message)
 
 
-def _gate(config: Mapping[str, Any]) -> int:
+def _gate(config: Mapping[str, Any], engine: str) -> int:
     name = str(config.get("hidden_activation") or config.get("hidden_act") or "silu")
     if name not in _GATES:
-        raise Unsupported(f"`native` does not know activation `{name}`", hint="`--runtime hf` opens it with transformers")
+        raise Unsupported(f"`{engine}` does not know activation `{name}`", hint=_ELSEWHERE)
     return _GATES[name]
 
 
@@ -133,17 +138,19 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     return (window,) * layers
 
 
-def _ropes(config: Mapping[str, Any], windows: tuple[int, ...], dim: int, context: int) -> tuple[tuple[Table, ...], tuple[int, ...]]:
+def _ropes(
+    config: Mapping[str, Any], windows: tuple[int, ...], sizes: tuple[int, int], engine: str
+) -> tuple[tuple[Table, ...], tuple[int, ...]]:
     """Tables of frequencies, and which of them each layer uses: Gemma 3 has one for windows and one for all positions."""
     parameters = config.get("rope_parameters")
     if isinstance(parameters, Mapping) and "full_attention" in parameters:  # transformers 5, Gemma 3
         kinds = (parameters["full_attention"], parameters["sliding_attention"])
-        return tuple(rope_table(_defaults(config, kind), dim, context) for kind in kinds), tuple(int(window > 0) for window in windows)
+        return tuple(rope_table(_defaults(config, kind), *sizes, engine) for kind in kinds), tuple(int(window > 0) for window in windows)
     whole = _defaults(config, parameters or config.get("rope_scaling") or {})
     if "rope_local_base_freq" in config:  # transformers 4, Gemma 3
         local = {"rope_theta": config["rope_local_base_freq"]}
-        return (rope_table(whole, dim, context), rope_table(local, dim, context)), tuple(int(window > 0) for window in windows)
-    return (rope_table(whole, dim, context),), (0,) * len(windows)
+        return (rope_table(whole, *sizes, engine), rope_table(local, *sizes, engine)), tuple(int(window > 0) for window in windows)
+    return (rope_table(whole, *sizes, engine),), (0,) * len(windows)
 
 
 def _defaults(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:

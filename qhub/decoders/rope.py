@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qhub import Unsupported
+from qhub.errors import Unsupported
 
 Table = tuple[NDArray[np.float32], float]
 
 
-def rope_table(parameters: Mapping[str, Any], dim: int, context: int) -> Table:
-    """(frequencies (half,) float32, factor of cosine and sine) of a head of `dim` numbers.
+def rope_table(parameters: Mapping[str, Any], dim: int, context: int, engine: str) -> Table:
+    """(frequencies (half,) float32, factor of cosine and sine) of a head of `dim` numbers; errors name `engine`.
 
     :raises Unsupported: when the kind of scaling is not one of default, linear, llama3 and yarn.
     """
@@ -37,7 +37,7 @@ def rope_table(parameters: Mapping[str, Any], dim: int, context: int) -> Table:
         return _llama3(frequencies, parameters).astype(np.float32), 1.0
     if kind == "yarn":
         return _yarn(frequencies, parameters, turned, context)
-    raise Unsupported(f"`native` does not know rope scaling `{kind}`", hint="`--runtime hf` opens it with transformers")
+    raise Unsupported(f"`{engine}` does not know rope scaling `{kind}`", hint="`--runtime hf` opens it with transformers")
 
 
 def _llama3(frequencies: NDArray[np.float64], parameters: Mapping[str, Any]) -> NDArray[np.float64]:
