@@ -19,7 +19,7 @@ from qhub.data.read import data_sha256, read_data, split_part
 from qhub.errors import QhubError, UsageError
 from qhub.graph.values import Batch
 from qhub.plugins import Plugins
-from qhub.types import Calibration, ModelSource, Recipe
+from qhub.types import Calibration, ModelProfile, ModelSource, Recipe, Task
 
 BATCH = 32
 NEITHER = -100  # the label of a token that none is asked for
@@ -28,6 +28,22 @@ _OWN = {
     "calibration": ("calibration.npz", "calibration.jsonl", "calibration.csv", "calibration"),
     "evaluation": ("heldout.npz", "heldout.jsonl", "heldout.csv", "heldout"),
 }
+
+
+#: What data of a kind are fed to, where the model does not say what it is for.
+_TASKS: Mapping[str, Task] = {"image": "vision", "array": "vision", "text": "nlp", "tokens": "nlp", "audio": "speech"}
+
+
+def is_network(found: ModelProfile) -> bool:
+    """Whether the model is quantized as a graph, not block by block as language models are."""
+    return found.task != "llm" or found.format in ("onnx", "pt2")
+
+
+def with_task(found: ModelProfile, source: ModelSource, given: tuple[str | None, str | None], plugins: Plugins) -> ModelProfile:
+    """The profile with what the network is for, taken from the data it is fed where nothing else tells."""
+    if found.task != "unknown":
+        return found
+    return replace(found, task=_TASKS[read_data(data_of_run(source, given, plugins)[0]).kind])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qhub import history, preflight, texts
+from qhub import feeding, history, preflight, texts
 from qhub.errors import DamagedModelError, NoRouteError, QhubError, Unsupported, UsageError
 from qhub.events import Events
 from qhub.expect import Expectation, engine_of, expect, expect_speed, learned, read
@@ -30,6 +30,7 @@ from qhub.stage import STAGES
 from qhub.types import FLOAT, Goals, ModelProfile, ModelSource, Recipe, Route, Scheme, as_json
 
 SAMPLES, EVALUATION_SAMPLES, SEQ_LEN = 64, 60, 512
+ITEMS, EVALUATION_ITEMS = 512, 10_000  # of labelled data
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class RunRequest:
     seq_len: int | None = None
     overrides: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    retrain: bool = False
+    weights: Path | None = None
+    preprocess: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,28 @@ def plan(request: RunRequest, plugins: Plugins) -> Plan:
     if request.recipe is not None:
         return _repeat(request, request.recipe, plugins)
     _check_names(request, plugins)
-    source = resolve(request.model or texts.FALLBACK_MODEL, plugins)
+    source = resolve(request.model or texts.FALLBACK_MODEL, plugins, request.weights)
     found = profile(source, plugins)
-    goals = Goals() if request.max_drop_pct is None else Goals(max_drop_pct=request.max_drop_pct)
+    if feeding.is_network(found):
+        found = feeding.with_task(found, source, (request.calib, request.eval), plugins)
+    goals = Goals(retrain=request.retrain)
+    goals = goals if request.max_drop_pct is None else replace(goals, max_drop_pct=request.max_drop_pct)
     route = _route(request, found, goals, plugins)
     preflight.check_model(found)
     there = replace(source, path=source.path.resolve())  # a run may be resumed from another folder
     recipe = check_apart(make_recipe(there, route, goals, _choices(request, source, found, route, plugins)), found, plugins)
     preflight.check_overrides(found, recipe, plugins)
-    for data in (recipe.calibration, recipe.evaluation):
-        preflight.check_text(data)
+    _check_data(recipe, found)
     return _checked(request, recipe, _with_warnings(route, recipe, plugins), found)
+
+
+def _check_data(recipe: Recipe, found: ModelProfile) -> None:
+    """Read the beginning of what the run calibrates and evaluates on."""
+    for data in (recipe.calibration, recipe.evaluation):
+        if not feeding.is_network(found):
+            preflight.check_text(data)
+        elif data is not None:
+            feeding.check_feed(feeding.feed(recipe, data))
 
 
 def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
@@ -96,12 +111,16 @@ def _repeat(request: RunRequest, path: Path, plugins: Plugins) -> Plan:
     recipe = read_recipe(path)
     source = _model_of(request, recipe, path, plugins)
     there = replace(recipe, model_path=str(source.path))
-    there = texts.again(there, source, (request.calib, request.eval), plugins)
+    given = (request.calib, request.eval)
+    of_items = any(data is not None and not data.seq_len for data in (recipe.calibration, recipe.evaluation))
+    there = feeding.again(there, given) if of_items else texts.again(there, source, given, plugins)
     preflight.check_inputs(there, path)
     changed = () if request.resume else changes(recipe)
     used = distributions({*recipe.method.split("+"), recipe.exporter, recipe.runtime, recipe.model}, plugins)
     recipe = replace(there, versions=installed(used), hardware=hardware())
     found = profile(source, plugins)
+    if feeding.is_network(found):
+        found = feeding.with_task(found, source, (recipe.evaluation.data if recipe.evaluation else None,) * 2, plugins)
     wanted = tuple(name for name in (*recipe.method.split("+"), recipe.exporter) if name)
     again = replace(request, plugins=wanted, target=recipe.target, scheme=recipe.scheme)
     route = _route(again, found, recipe.goals, plugins)
@@ -121,12 +140,12 @@ def _model_of(request: RunRequest, recipe: Recipe, path: Path, plugins: Plugins)
     """
     there = Path(recipe.model_path)
     if request.model is not None:
-        source = resolve(request.model, plugins)
-    elif there.is_dir() or recipe.model not in plugins.models:
+        source = resolve(request.model, plugins, request.weights)
+    elif there.exists() or recipe.model not in plugins.models:
         source = ModelSource(recipe.model, there, "")
     else:
         source = plugins.models[recipe.model]
-    if not source.path.is_dir():
+    if not source.path.exists():
         message = f"the model of `{path}` is no longer at `{source.path}`"
         raise QhubError(message, hint=f"say where it is: `qhub run MODEL --recipe {path}{' --resume' if request.resume else ''}`")
     return replace(source, path=source.path.resolve())
@@ -204,14 +223,29 @@ def _route(request: RunRequest, found: ModelProfile, goals: Goals, plugins: Plug
 
 
 def _choices(request: RunRequest, source: ModelSource, found: ModelProfile, route: Route, plugins: Plugins) -> Choices:
+    used = distributions({*route.method.split("+"), route.exporter, route.runtime, source.name}, plugins)
+    if feeding.is_network(found):
+        return _items(request, source, used, plugins)
     seq_len = min(request.seq_len or SEQ_LEN, found.context_length or SEQ_LEN)
     calibration_path, evaluation_path = texts.of_run(source, (request.calib, request.eval), plugins)
     needs = any(plugins.quantizers[name].needs for name in route.method.split("+"))
     calibration = texts.describe(calibration_path, request.samples or SAMPLES, seq_len) if needs else None
     evaluation = texts.describe(evaluation_path, EVALUATION_SAMPLES, seq_len)
     overrides = {**_undividable(found, route), **dict(_overrides(request.overrides))}
-    used = distributions({*route.method.split("+"), route.exporter, route.runtime, source.name}, plugins)
     return Choices(calibration, evaluation, overrides, seed=request.seed, distributions=used)
+
+
+def _items(request: RunRequest, source: ModelSource, used: tuple[str, ...], plugins: Plugins) -> Choices:
+    """The choices for a network: labelled data rather than texts."""
+    calibration, evaluation = feeding.data_of_run(source, (request.calib, request.eval), plugins)
+    return Choices(
+        feeding.describe(calibration, request.samples or ITEMS),
+        feeding.describe(evaluation, EVALUATION_ITEMS),
+        dict(_overrides(request.overrides)),
+        seed=request.seed,
+        distributions=used,
+        preprocess=feeding.read_preprocess(request.preprocess),
+    )
 
 
 def _undividable(found: ModelProfile, route: Route) -> dict[str, str]:

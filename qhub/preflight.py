@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from qhub.data.read import data_sha256
 from qhub.errors import QhubError, UsageError
 from qhub.plugins import Plugins
 from qhub.route.recipe import file_sha256, from_yaml, model_sha256
@@ -87,7 +88,7 @@ def check_model(found: ModelProfile) -> None:
 
     :raises QhubError: when it has none.
     """
-    if not found.has_tokenizer:
+    if found.task == "llm" and not found.has_tokenizer:
         raise QhubError(f"`{found.path}` has no tokenizer", hint="put the model's tokenizer.json beside its weights")
 
 
@@ -132,10 +133,10 @@ def check_inputs(recipe: Recipe, path: Path) -> None:
         said.append(f"the model at `{recipe.model_path}` is not the one that `{path}` was written for (its sha256 differs)")
         hint = f"get the same files again, or start a new run: `qhub run {recipe.model_path}`"
     for data, option in ((recipe.calibration, "--calib"), (recipe.evaluation, "--eval")):
-        if data is not None and not Path(data.data).is_file():
-            raise UsageError(f"data file `{data.data}` does not exist", hint=f"say where it is: `{option} TEXT`")
-        check_text(data)
-        if data is None or not data.data_sha256 or (text := file_sha256(Path(data.data))) == data.data_sha256:
+        if data is None:
+            continue
+        text = _digest_of(data, option)
+        if not data.data_sha256 or text == data.data_sha256:
             continue
         found.append(Difference("data", data.data, data.data_sha256, text))
         said.append(f"`{data.data}` is not the text that the recipe was written for (its sha256 differs)")
@@ -143,12 +144,26 @@ def check_inputs(recipe: Recipe, path: Path) -> None:
         raise ChangedInputs("; ".join(dict.fromkeys(said)), tuple(dict.fromkeys(found)), hint=hint)
 
 
+def _digest_of(data: Calibration, option: str) -> str:
+    """The digest of a text, or of labelled data, as they are now.
+
+    :raises UsageError: when they are not there. :raises QhubError: when they hold nothing.
+    """
+    if not data.seq_len:
+        return data_sha256(data.data)
+    if not Path(data.data).is_file():
+        raise UsageError(f"data file `{data.data}` does not exist", hint=f"say where it is: `{option} TEXT`")
+    check_text(data)
+    return file_sha256(Path(data.data))
+
+
 def check_overrides(found: ModelProfile, recipe: Recipe, plugins: Plugins) -> None:
     """Refuse an override that matches nothing, or asks for what the method does not write, and a recipe that leaves all in float.
 
     :raises UsageError: naming the override.
     """
-    names = [layer.name.removesuffix(".weight") for layer in found.linears()]
+    kinds = ("linear", "expert") if found.task == "llm" else ("linear", "conv", "head", "other")
+    names = [layer.name.removesuffix(".weight") for layer in found.layers if layer.kind in kinds]
     patterns = [last_match(name, recipe.overrides) for name in names]
     if names and all(pattern is not None and recipe.overrides[pattern] == FLOAT for pattern in patterns):
         raise UsageError(f"every layer of `{found.source}` is to stay float: nothing is left to quantize", hint="leave out an `--override`")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qhub.prove.contents import contents, file_bytes
 from qhub.prove.report import (
     ArtifactResult,
     BaselineResult,
@@ -18,19 +19,17 @@ from qhub.prove.report import (
     StageResult,
     TargetsResult,
 )
-from qhub.quantize.store import QuantizedWeights
-from qhub.types import Recipe
-from qhub.weights import WeightFiles
+from qhub.types import Calibration, Recipe
 
 
 def assemble(
     recipe: Recipe, recipe_digest: str, quantized: Path, found: Mapping[str, Any], events: Sequence[Mapping[str, Any]], host: str
 ) -> Report:
     """The report of a run; `found` has what the stages before wrote beside their results, and what was expected."""
-    weights = QuantizedWeights(quantized)
+    held = contents(quantized)
     measured = found["evaluation"]
     drop = drop_pct(measured["float"]["accuracy"], measured["quantized"]["accuracy"])
-    result = QuantizedResult(bytes=_file_bytes(quantized), bits_per_weight=bits_per_weight(weights), drop_pct=drop, **measured["quantized"])
+    result = QuantizedResult(bytes=held.bytes, bits_per_weight=held.bits_per_weight, drop_pct=drop, **measured["quantized"])
     artifacts = tuple(_artifact(item, found["parity"]) for item in found["artifacts"])
     stages = _stages(events)
     return Report(
@@ -40,9 +39,9 @@ def assemble(
         host=host,
         method=recipe.method,
         scheme=recipe.scheme,
-        metric="next_token_accuracy",
+        metric=measured.get("metric", "next_token_accuracy"),
         float_model=FloatResult(
-            bytes=_file_bytes(Path(recipe.model_path)),
+            bytes=file_bytes(Path(recipe.model_path)),
             accuracy=measured["float"]["accuracy"],
             perplexity=measured["float"]["perplexity"],
         ),
@@ -51,9 +50,9 @@ def assemble(
         targets=TargetsResult(recipe.goals.max_drop_pct, met=drop <= recipe.goals.max_drop_pct),
         artifacts=artifacts,
         stages=stages,
-        bytes_by_class=weights.bytes_by_class(),
+        bytes_by_class=held.bytes_by_class,
         block_errors=tuple(found["block_errors"]),
-        fallbacks=tuple(Fallback(layer, reason) for layer, reason in sorted(weights.metadata["notes"].items())),
+        fallbacks=tuple(Fallback(layer, reason) for layer, reason in sorted(held.notes.items())),
         warnings=tuple(dict.fromkeys(str(event["text"]) for event in events if event["event"] == "warning")),
         checked=_checked(recipe, artifacts),
         not_checked=_not_checked(recipe, artifacts),
@@ -64,16 +63,6 @@ def assemble(
 def drop_pct(before: float, after: float) -> float:
     """Accuracy drop in percent of the float model's accuracy (docs/metrics.md)."""
     return 100.0 * (before - after) / before if before > 0 else 0.0
-
-
-def bits_per_weight(weights: QuantizedWeights) -> float:
-    """Stored bits per quantized weight, scales and zeros included."""
-    sizes = weights.bytes_by_class()
-    count = 0
-    for name, scheme in weights.schemes.items():
-        info = weights.files[f"{name}.weight_packed"]
-        count += info.bytes * 8 // scheme.weight_bits
-    return 8 * (sizes["codes"] + sizes["scales_and_zeros"]) / max(count, 1)
 
 
 def _baseline(measured: Mapping[str, Any], result: QuantizedResult) -> BaselineResult | None:
@@ -115,16 +104,17 @@ def _compared(expected: Sequence[Mapping[str, Any]], measured: Mapping[str, floa
     return rows
 
 
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in WeightFiles.open(folder).files())
-
-
 def _checked(recipe: Recipe, artifacts: Sequence[ArtifactResult]) -> tuple[str, ...]:
     rows = []
     if recipe.evaluation is not None:
-        windows, length = recipe.evaluation.samples, recipe.evaluation.seq_len
-        rows.append(f"accuracy on {windows} windows of {length} tokens, stride {length - 1}, each beginning with the start token")
+        rows.append(_measured_on(recipe.evaluation))
     return (*rows, *(f"{item.format}: {item.parity.how}" for item in artifacts if item.parity.checked))
+
+
+def _measured_on(data: Calibration) -> str:
+    if not data.seq_len:
+        return f"accuracy on up to {data.samples} items of `{Path(data.data).name}`, by qhub's own reference"
+    return f"accuracy on {data.samples} windows of {data.seq_len} tokens, stride {data.seq_len - 1}, each beginning with the start token"
 
 
 def _not_checked(recipe: Recipe, artifacts: Sequence[ArtifactResult]) -> tuple[str, ...]:

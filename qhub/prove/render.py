@@ -44,7 +44,7 @@ def tables(report: Report) -> tuple[ReportTable, ...]:
         ReportTable("stages", ("stage", "time", "peak memory"), stages),
         ReportTable("estimated and measured", ("", "estimated", "measured", "ratio", "basis"), _estimate_rows(report)),
         ReportTable("artifacts", ("format", "size", "parity"), _artifact_rows(report)),
-        ReportTable("layers rounded to nearest instead", ("layer", "reason"), tuple((f.layer, f.reason) for f in report.fallbacks)),
+        ReportTable("layers that were treated differently", ("layer", "reason"), tuple((f.layer, f.reason) for f in report.fallbacks)),
     )
     return tuple(table for table in found if table.rows)
 
@@ -62,6 +62,7 @@ def comparison(report: Report) -> ReportTable:
         ("perplexity", *(_number(result, "perplexity", "{:.4g}") for result in results)),
         ("mean KL", *(_number(result, "kl", "{:.3g}") for result in results)),
         ("top-1 agreement", *(_percent(result, "top1_agreement") for result in results)),
+        ("mean cosine similarity", *(_number(result, "cosine", "{:.6f}") for result in results)),
         ("accuracy drop", *(_number(result, "drop_pct", "{:.2f} %") for result in results)),
         (f"drop ≤ {report.targets.max_drop_pct:g} %", *_verdicts(report, results)),
     ]

@@ -42,6 +42,7 @@ class QuantizedResult:
     drop_pct: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+    cosine: float | None = None  # of networks: mean cosine similarity of the outputs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,19 +32,27 @@ if TYPE_CHECKING:
 
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+#: Files that hold a whole network, which can be quantized as a graph.
+NETWORKS = (".onnx", ".pt2")
 _INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
-def resolve(source: str, plugins: Plugins) -> ModelSource:
-    """What the user means by `source`: a model folder, or a model that a plugin brings along (`demo:llm`).
+def resolve(source: str, plugins: Plugins, weights: Path | None = None) -> ModelSource:
+    """What the user means by `source`: a model folder or file, a model that a plugin brings along (`demo:llm`), or a function.
 
-    :raises UsageError: when it is neither. :raises QhubError: for a hub id, which has to be downloaded first.
+    `weights` are those of the module that the function `source` (`module:function`) returns.
+
+    :raises UsageError: when it is none of these. :raises QhubError: for a hub id, which has to be downloaded first.
     """
+    if weights is not None:
+        return _of_function(source, weights)
     path = Path(source).expanduser()
     if path.is_dir():
         return ModelSource(name=path.resolve().name, path=path, summary="model folder")
     if path.suffix.lower() in PICKLES and path.exists():
         raise pickle_refused(path)
+    if path.is_file() and path.suffix.lower() in NETWORKS:
+        return ModelSource(name=path.stem, path=path, summary="network in a file")
     if path.exists():
         raise UsageError(f"`{source}` is a file; a model is a folder with {CONFIG}", hint=f"give its folder: `{path.parent}`")
     models = plugins.models
@@ -56,6 +64,18 @@ def resolve(source: str, plugins: Plugins) -> ModelSource:
     if "/" in source or "\\" in source or source.startswith(("~", ".")):
         raise UsageError(f"`{source}` does not exist", hint="give a model folder, or a name such as `demo:llm`")
     raise _unknown_model(source, models)
+
+
+def _of_function(function: str, weights: Path) -> ModelSource:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
+        raise UsageError(
+            f"`{function}` is no function of a module", hint="with `--weights`, MODEL is `module:function`, e.g. `resnet:resnet20`"
+        )
+    if weights.suffix.lower() in PICKLES:
+        raise pickle_refused(weights)
+    if not weights.is_file():
+        raise UsageError(f"weights `{weights}` do not exist", hint="give a .safetensors file of the module's state dict")
+    return ModelSource(name=function, path=weights, summary="module of a function")
 
 
 def _unknown_model(source: str, models: Iterable[str]) -> UsageError:
@@ -79,6 +99,8 @@ def profile(source: str | ModelSource, plugins: Plugins) -> ModelProfile:
 
     :raises QhubError: when it is no model, or its files are broken or contradict each other.
     """
+    if isinstance(source, ModelSource) and source.path.is_file():
+        return _of_file(source)
     if isinstance(source, ModelSource):
         return _of_folder(source, weightless=False)
     path = Path(source).expanduser()
@@ -91,6 +113,26 @@ def profile(source: str | ModelSource, plugins: Plugins) -> ModelProfile:
 
         return profile_hub(source)
     return _of_folder(resolve(source, plugins), weightless=True)
+
+
+def _of_file(model: ModelSource) -> ModelProfile:
+    from qhub.route.headers import profile_file
+
+    if model.path.suffix.lower() != ".safetensors":
+        return replace(profile_file(model.path), source=model.name)
+    files = WeightFiles.open_shards(model.path.parent, [model.path.name])
+    layers = layer_shapes(files, {})
+    found = ModelProfile(
+        source=model.name,
+        path=str(model.path),
+        task="unknown",
+        architecture=model.name,
+        parameters=sum(prod(layer.shape) for layer in layers),
+        dtype=main_dtype(layers),
+        weight_bytes=sum(info.bytes for info in files.values()),
+        layers=layers,
+    )
+    return found
 
 
 def is_hub_id(source: str, plugins: Plugins) -> bool:
