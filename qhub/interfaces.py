@@ -132,11 +132,12 @@ class Block(Protocol):
 class Quantizer(Component):
     """A method. Override the finest level that the method needs; the default of each calls the next finer one.
 
-    `family` is the leaf of the flowchart that the method serves. `needs` names the statistics to collect: "gram",
+    `family` is the leaf of the flowchart that the method serves; `families` are all of them where it serves several. `needs` names the statistics to collect: "gram",
     "shortfall", "abs_mean"; empty means that no calibration pass is run at all.
     """
 
     family: ClassVar[Family] = "weight-only"
+    families: ClassVar[tuple[Family, ...]] = ()
     default_scheme: ClassVar[str] = "w4a16-g128-asym"
     needs: frozenset[str] = frozenset()
     #: Whether `scale_group` may return a scale: then `a+b` takes a's scales and b's rounding.
@@ -154,6 +155,10 @@ class Quantizer(Component):
             message = f"quantizer `{self.name}` has no option `{unknown[0]}`"
             raise UsageError(message, hint=f"its options are: {', '.join(self.options) or 'none'}")
         self.settings: Mapping[str, Any] = {**self.options, **options}
+
+    def serves(self, family: Family) -> bool:
+        """Whether it is a method of that family."""
+        return family == self.family or family in self.families
 
     def reject(self, profile: ModelProfile, scheme: Scheme) -> str | None:
         """Why this method cannot take this model at this scheme, naming every bad layer; reads no weights."""

@@ -62,7 +62,13 @@ def _requirements(point: metadata.EntryPoint) -> list[str]:
 def _declaration(part: Component) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": part.name, "summary": part.summary, "distribution": part.distribution, "requires": part.requires}
     if isinstance(part, Quantizer):
-        facts |= {"kind": "quantizer", "family": part.family, "default_scheme": part.default_scheme, "needs": sorted(part.needs)}
+        facts |= {
+            "kind": "quantizer",
+            "family": part.family,
+            "families": part.families,
+            "default_scheme": part.default_scheme,
+            "needs": sorted(part.needs),
+        }
         facts |= {"scales": part.scales, "options": dict(part.options), "whole": part.whole, **_answers(part)}
     elif isinstance(part, Exporter):
         facts |= {"kind": "exporter", "format": part.format, **_answers(part)}

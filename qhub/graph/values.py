@@ -86,7 +86,7 @@ class Quantization:
     casts: Mapping[str, str] = field(default_factory=dict)
 
     def without(self, ops: Collection[Op]) -> Quantization:
-        """The same with `ops` computed in float: their weights stay, and what they read is not rounded for them."""
+        """The same with `ops` computed in float: their weights and biases stay, and what they read is not rounded for them."""
         names, layers = {op.name for op in ops}, {op.layer for op in ops}
         readers = {tensor: tuple(name for name in there if name not in names) for tensor, there in self.readers.items()}
         return replace(
@@ -94,6 +94,7 @@ class Quantization:
             weights={layer: codes for layer, codes in self.weights.items() if layer not in layers},
             readers={tensor: there for tensor, there in readers.items() if there},
             dynamic=self.dynamic - layers,
+            biases={layer: bias for layer, bias in self.biases.items() if layer not in layers},
         )
 
 

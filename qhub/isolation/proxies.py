@@ -72,8 +72,8 @@ def proxy(environment: Environment, declared: Mapping[str, Any]) -> Component:
     facts = {key: declared[key] for key in ("name", "summary", "distribution", *keys)}
     if "needs" in declared:
         facts["needs"] = frozenset(declared["needs"])
-    if "formats" in declared:
-        facts["formats"] = tuple(declared["formats"])
+    for key in {"formats", "families"} & set(declared):
+        facts[key] = tuple(declared[key])
     kind = type(declared["name"], (base,), {**facts, "environment": environment, "declared": declared, "__doc__": declared["summary"]})
     made: Component = kind()
     return made

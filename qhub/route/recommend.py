@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qhub.errors import NoRouteError
+from qhub.interfaces import Quantizer
 from qhub.plugins import Plugins
 from qhub.route import describe
 from qhub.route.accuracy import expected_drop
@@ -122,13 +123,20 @@ def _choices(search: Search, target: Target, walked: Walk) -> Iterator[_Choice]:
     assert family is not None
     if search.wanted.quantizers:
         offered = methods(search.plugins, family, search.wanted)[0]
-        yield _asked(target, walked, offered.quantizers[-1].family, f"`{offered.name}`")
+        last = offered.quantizers[-1]
+        yield _asked(target, walked, _family_served(last, family, search.scheme), f"`{offered.name}`")
     elif search.scheme is not None:
         yield _asked(target, walked, family if suits(search.scheme, family) else family_of(search.scheme), f"scheme `{search.scheme}`")
     else:
         yield _Choice(target, walked, family, walked.leaf.weight_bits)
         for other, bits in _alternatives(search.merged, target, family):
             yield _Choice(target, walked, other, bits, rank=1, warnings=(f"the chart leads to `{family}`: this is the alternative",))
+
+
+def _family_served(quantizer: Quantizer, family: Family, scheme: Scheme | None) -> Family:
+    """The family that a wanted method works in: that of the forced scheme, else the chart's, where it serves it; else its own."""
+    first = family if scheme is None or suits(scheme, family) else family_of(scheme)
+    return first if quantizer.serves(first) else quantizer.family
 
 
 def _asked(target: Target, walked: Walk, family: Family, who: str) -> _Choice:

@@ -140,7 +140,7 @@ def methods(plugins: Plugins, family: Family | None, wanted: Wanted) -> list[Met
     """
     if wanted.quantizers:
         return [_combined([plugins.quantizers[name] for name in wanted.quantizers])]
-    found = [Method((quantizer,)) for quantizer in plugins.quantizers.values() if quantizer.family == family]
+    found = [Method((quantizer,)) for quantizer in plugins.quantizers.values() if family is not None and quantizer.serves(family)]
     return sorted(found, key=lambda method: (not method.uses_data, not method.quantizers[-1].scales, method.name))
 
 

@@ -112,11 +112,12 @@ def _common(kind: str, part: Component, job: Job) -> Iterator[str]:
 
 
 def _quantizer(part: Quantizer) -> Iterator[str]:
-    if part.family not in get_args(Family):
-        yield f"family `{part.family}` is none of {', '.join(get_args(Family))}"
+    for family in (part.family, *part.families):
+        if family not in get_args(Family):
+            yield f"family `{family}` is none of {', '.join(get_args(Family))}"
     yield from _scheme(part.default_scheme)
-    if unknown := sorted(set(part.needs) - {"gram", "shortfall", "abs_mean", "tokens"}):
-        yield f"needs names `{unknown[0]}`; there are gram, shortfall, abs_mean and tokens"
+    if unknown := sorted(set(part.needs) - {"gram", "shortfall", "abs_mean", "tokens", "items"}):
+        yield f"needs names `{unknown[0]}`; there are gram, shortfall, abs_mean, tokens and items"
     if type(part)().settings != dict(part.options):
         yield "made without options, its settings are not the defaults in options"
 

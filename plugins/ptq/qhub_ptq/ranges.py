@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from qhub_ptq.histogram import BINS, Histogram
 
 from qhub import ActivationGrid
+from qhub_ptq.histogram import BINS, Histogram
 
 _STEPS = 24  # shares of each end that are tried
 _KEPT = 0.9999
