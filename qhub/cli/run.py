@@ -17,12 +17,12 @@ from qhub.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from qhub.pipeline import Plan, RunRequest
     from qhub.prove.report import Report
-    from qhub.types import Recipe
+    from qhub.types import Calibration, Recipe
 
 DEFAULT_MODEL = "demo:llm"
 RECIPE = "recipe.yaml"
 #: What a recipe determines; the other options only say where and how it is carried out.
-_IN_RECIPE = ("plugins", "target", "scheme", "max_drop_pct", "seed", "samples", "seq_len", "overrides")
+_IN_RECIPE = ("plugins", "target", "scheme", "max_drop_pct", "seed", "samples", "seq_len", "overrides", "preprocess", "retrain")
 
 
 @click.command()
@@ -31,8 +31,13 @@ _IN_RECIPE = ("plugins", "target", "scheme", "max_drop_pct", "seed", "samples", 
 @click.option("--target", metavar="T", default="host", show_default=True, help="The device, see `qhub targets`; host is this machine.")
 @click.option("--scheme", metavar="S", help="How numbers are stored, e.g. w4a16-g128-asym; default: the route's.")
 @click.option("--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Repeat what this recipe.yaml says.")
-@click.option("--calib", metavar="DATA", help="Calibration text: .txt, .jsonl or .parquet; default: what comes with the model.")
-@click.option("--eval", metavar="DATA", help="Evaluation text: .txt, .jsonl or .parquet; default: what comes with the model.")
+@click.option("--calib", metavar="DATA", help="Calibration text, or labelled data (docs/data.md); default: what comes with the model.")
+@click.option("--eval", metavar="DATA", help="Evaluation text, or labelled data (docs/data.md); default: what comes with the model.")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Weights (.safetensors) of the module that MODEL, `module:function`, returns."
+)
+@click.option("--preprocess", type=click.Path(path_type=Path), help="How items become inputs, where the model does not say (docs/data.md).")
+@click.option("--retrain/--no-retrain", default=False, help="Whether the model may be trained again; default: it may not.")
 @click.option("--max-drop", "max_drop_pct", metavar="PCT", type=click.FloatRange(min=0), help="Largest accuracy drop; default 2.")
 @click.option("--out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), help="Default: runs/<model>-<plugin>-<target>.")
 @click.option("--max-memory", "max_memory_gb", metavar="GB", type=click.FloatRange(min=0, min_open=True), help="Stay below this memory.")
@@ -100,7 +105,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{plan.recipe.model}: {plan.profile.architecture}, {plan.profile.parameters / 1e6:.4g} M parameters"),
         ("route", f"{route.method} for {route.target}: {', '.join(way)}"),
-        ("text", _texts(plan.recipe)),
+        ("text" if plan.profile.task == "llm" else "data", _texts(plan.recipe)),
         ("size", f"{human_bytes(plan.profile.weight_bytes)} → {human_bytes(estimate['weight_bytes'])}"),
         ("needs", f"{human_bytes(estimate['peak_bytes'])} memory{_corrected(plan)}, {human_bytes(estimate['disk_bytes'])} disk"),
     ]
@@ -117,8 +122,11 @@ def _corrected(plan: Plan) -> str:
 
 def _texts(recipe: Recipe) -> str:
     named = (("calibration", recipe.calibration), ("evaluation", recipe.evaluation))
-    parts = [f"{what} {data.samples} × {data.seq_len} tokens of {_short(data.data)}" for what, data in named if data is not None]
-    return ", ".join(parts)
+    return ", ".join(f"{what} {_amount(data)} of {_short(data.data)}" for what, data in named if data is not None)
+
+
+def _amount(data: Calibration) -> str:
+    return f"{data.samples} × {data.seq_len} tokens" if data.seq_len else f"up to {data.samples} items"
 
 
 def _short(path: str) -> str:

@@ -17,11 +17,12 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import fx
 
-from qhub.graph.torch_ops import AFFINE_AT, aten, get_tensor, operations, put_tensor, set_layer, simplify
+from qhub.graph.torch_ops import AFFINE_AT, aten, forget_unused, get_tensor, operations, put_tensor, set_layer, simplify
 from qhub.graph.values import ActivationGrid, Batch, GraphInput, Op, Quantization
 from qhub.quantize.qtensor import QTensor
 
 CODES, SCALE, ZERO = "weight_codes", "weight_scale", "weight_zero"  # what a quantized layer stores
+_TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "torch_fn")
 qd: Any = torch.ops.quantized_decomposed
 
 
@@ -56,8 +57,12 @@ class TorchGraph:
         return cls(module, inputs, outputs)
 
     def save(self, path: Path) -> None:
-        """Write the program as a `.pt2` file."""
-        torch.export.save(export(self.module, self.inputs), path)
+        """Write the program as a `.pt2` file, without what only says where in whose sources an operation came from."""
+        program = export(self.module, self.inputs)
+        for node in program.graph.nodes:
+            for trace in _TRACES:
+                node.meta.pop(trace, None)
+        torch.export.save(program, path)
 
     @cached_property
     def ops(self) -> tuple[Op, ...]:
@@ -135,7 +140,7 @@ class TorchGraph:
             if op.layer in quantization.dynamic:
                 _round_rows(nodes[op.name])
         module.graph.eliminate_dead_code()
-        module.graph.lint()
+        forget_unused(module)
         module.recompile()
         return changed
 

@@ -98,8 +98,17 @@ def simplify(module: fx.GraphModule) -> None:
         elif node.op == "call_function" and node.target is aten.batch_norm.default:
             _fold_batch_norm(module, node)
     module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
+    forget_unused(module)
     module.recompile()
+
+
+def forget_unused(module: fx.GraphModule) -> None:
+    """Take the parameters and buffers out of the module that no operation reads: they would be stored."""
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [*dict(module.named_parameters(remove_duplicate=False)), *dict(module.named_buffers(remove_duplicate=False))]:
+        if name not in used:
+            owner, _, last = name.rpartition(".")
+            delattr(module.get_submodule(owner), last)
 
 
 def _fold_batch_norm(module: fx.GraphModule, norm: fx.Node) -> None:

@@ -162,9 +162,19 @@ def _of_choice(search: Search, choice: _Choice, rejected: list[Rejected]) -> Ite
         return
     open_ways, closed = ways(search, choice.target)
     rejected += [item for item in closed if item not in rejected]
-    for place, method in enumerate(found):
-        for way in open_ways:
-            yield from _candidate(search, choice, _Pair(method, way, place), rejected)
+    candidates = [
+        ranked
+        for place, method in enumerate(found)
+        for way in open_ways
+        for ranked in _candidate(search, choice, _Pair(method, way, place), rejected)
+    ]
+    if not candidates and not (search.wanted.exporters or search.wanted.runtimes):  # the QuantizedModel itself is what there is
+        missing = tuple(entry.distribution for entry in search.registry.finishers(choice.target, search.profile.task))
+        alone = Way(missing=missing)
+        candidates = [
+            ranked for place, method in enumerate(found) for ranked in _candidate(search, choice, _Pair(method, alone, place), rejected)
+        ]
+    yield from candidates
 
 
 def _candidate(search: Search, choice: _Choice, pair: _Pair, rejected: list[Rejected]) -> Iterator[_Ranked]:
