@@ -426,3 +426,19 @@ def test_names_that_the_model_does_not_have_keep_their_ids(tmp_path):
 
 def test_data_without_labels_fit_any_model(arrays):
     assert fit_labels(arrays(np.zeros((2, 2))), 5).labels is None
+
+
+TAGGED = '{"tokens": ["Ada", "wrote"], "tags": ["PER", "O"]}\n{"tokens": ["Hi"], "tags": ["O"]}\n'
+
+
+def test_tags_become_the_models_ids_in_its_order(tmp_path):
+    (tmp_path / "a.jsonl").write_text(TAGGED)
+    found = fit_labels(read_data(tmp_path / "a.jsonl"), 3, ["LOC", "PER", "O"])
+    assert [item.tags for item in found.items(0, 2)] == [(1, 2), (2,)]
+    assert found.class_names == ("LOC", "PER", "O")
+
+
+def test_tags_out_of_range_name_the_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"tokens": ["Hi"], "tags": [0]}\n{"tokens": ["Ada", "wrote"], "tags": [0, 7]}\n')
+    with pytest.raises(QhubError, match=r"line 2 of `.*a\.jsonl` has the label `7`; the model has 3 classes"):
+        fit_labels(read_data(tmp_path / "a.jsonl"), 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from qhub.data import digest
-from qhub.data.dataset import Dataset, Kind, make
+from qhub.data.dataset import Dataset, Kind, checked, numbered
 from qhub.errors import QhubError
 
 _COPY_BYTES = 1 << 22
@@ -59,8 +59,9 @@ def read_npz(path: Path, part: str = "") -> Dataset:
     check_finite(x, path, x_name)
     kind, channels_first = _kind(x)
     labels = None if y is None else _labels(y, path, y_name)
-    found = make(str(path), kind, Rows(path, x, channels_first), labels, count=len(x), sha256=digest.of_part(path, part))
-    return found if classes is None else replace(found, class_names=tuple(str(name) for name in classes.tolist()))
+    reader, sha256 = Rows(path, x, channels_first), digest.of_part(path, part)
+    names_of = None if classes is None else tuple(str(name) for name in classes.tolist())
+    return checked(Dataset(str(path), kind, reader, numbered(len(x)), sha256, labels, names_of))
 
 
 def check_finite(x: NDArray[Any], path: Path, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -100,17 +100,21 @@ class Dataset:
         return replace(self, chosen=self.chosen[order], labels=labels)
 
 
-def make(source: str, kind: Kind, reader: Reader, labels: Sequence[int] | Labels | None, *, count: int, sha256: str) -> Dataset:
-    """The dataset of all `count` items of a reader.
+def checked(dataset: Dataset) -> Dataset:
+    """The dataset as it is.
 
-    :raises QhubError: when there are none, or more or fewer labels than items.
+    :raises QhubError: when it has no items, or more or fewer labels than items.
     """
-    if not count:
-        raise QhubError(f"`{source}` holds no data", hint="check the path, or give another one")
-    found = None if labels is None else np.asarray(labels, dtype=np.int64)
-    if found is not None and len(found) != count:
-        raise QhubError(f"`{source}` has {count} items and {len(found)} labels", hint="write one label per item")
-    return Dataset(source, kind, reader, np.arange(count, dtype=np.int64), sha256, found)
+    if not dataset.count:
+        raise QhubError(f"`{dataset.source}` holds no data", hint="check the path, or give another one")
+    if dataset.labels is not None and len(dataset.labels) != dataset.count:
+        raise QhubError(f"`{dataset.source}` has {dataset.count} items and {len(dataset.labels)} labels", hint="write one label per item")
+    return dataset
+
+
+def numbered(count: int) -> Labels:
+    """0 .. count - 1: all items of a reader, in order."""
+    return np.arange(count, dtype=np.int64)
 
 
 def pick(labels: Labels | None, count: int, samples: int, seed: int | None) -> Labels:

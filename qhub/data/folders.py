@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qhub.data import audio, digest, images
 from qhub.data.classes import sorted_names
-from qhub.data.dataset import Dataset, Kind, make
+from qhub.data.dataset import Dataset, Kind, numbered
 from qhub.errors import QhubError
 
 _KINDS: dict[Kind, frozenset[str]] = {"image": images.SUFFIXES, "audio": audio.SUFFIXES}
@@ -47,11 +49,13 @@ def read_folder(folder: Path) -> Dataset:
     if not loose and not labelled:
         raise _nothing(folder)
     paths = [path for name in classes for path in by_class[name]] if labelled else loose
-    labels = [number for number, name in enumerate(classes) for _ in by_class[name]] if labelled else None
     kind = _kind(folder, paths)
     reader = Files(tuple(paths), images.read_image if kind == "image" else audio.read_wav)
-    found = make(str(folder), kind, reader, labels, count=len(paths), sha256=digest.of_folder(folder, paths))
-    return replace(found, class_names=classes) if labelled else found
+    sha256 = digest.of_folder(folder, paths)
+    if not labelled:
+        return Dataset(str(folder), kind, reader, numbered(len(paths)), sha256)
+    labels = np.repeat(numbered(len(classes)), [len(by_class[name]) for name in classes])
+    return Dataset(str(folder), kind, reader, numbered(len(paths)), sha256, labels, classes)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qhub.data import digest
 from qhub.data.classes import label_ids
-from qhub.data.dataset import Dataset, TaggedWords, make
+from qhub.data.dataset import Dataset, TaggedWords, numbered
 from qhub.errors import QhubError
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "text_a", "sentence1", "text1", "premise", "question", "query", "title")
@@ -65,8 +67,11 @@ def _texts(path: Path, rows: list[Row], columns: Mapping[str, str]) -> Dataset:
         raise QhubError(f"`{path}` has no text column; its columns are {', '.join(f'`{name}`' for name in columns.values())}", hint=hint)
     values = [_item(path, row, text, second) for row in rows]
     reader = Lines(path, tuple(values), tuple(line for line, _ in rows))
-    ids, names = label_ids([_label(path, row, label) for row in rows]) if label else (None, None)
-    return replace(make(str(path), "text", reader, ids, count=len(values), sha256=digest.of_file(path)), class_names=names)
+    every = Dataset(str(path), "text", reader, numbered(len(values)), digest.of_file(path))
+    if label is None:
+        return every
+    ids, names = label_ids([_label(path, row, label) for row in rows])
+    return replace(every, labels=np.array(ids, dtype=np.int64), class_names=names)
 
 
 def _item(path: Path, row: Row, text: str, second: str | None) -> str | tuple[str, str]:
@@ -102,7 +107,7 @@ def _tagged(path: Path, rows: list[Row], words: str, tags: str | None) -> Datase
     rest = iter(ids)
     values = [TaggedWords(tuple(cells[words]), tuple(next(rest) for _ in (cells[tags] if tags else ()))) for _, cells in rows]
     reader = Lines(path, tuple(values), tuple(line for line, _ in rows))
-    return replace(make(str(path), "tokens", reader, None, count=len(values), sha256=digest.of_file(path)), class_names=names)
+    return Dataset(str(path), "tokens", reader, numbered(len(values)), digest.of_file(path), class_names=names)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
