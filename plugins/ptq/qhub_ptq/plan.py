@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qhub import Graph, GraphJob, Op, Point, Scheme, place
+from qhub import GraphJob, Op, Point, Scheme, place
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class Plan:
     def input_of(self) -> Mapping[str, str]:
         """Operation → the tensor that it reads rounded, for operations that read one tensor."""
         return {reader: point.tensor for point in self.points for reader in point.readers}
+
+    @cached_property
+    def root(self) -> Mapping[str, str]:
+        """Tensor → the tensor whose grid it has."""
+        return {point.tensor: point.like or point.tensor for point in self.points}
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -59,8 +64,3 @@ def _bits(job: GraphJob, points: list[Point], scheme_of_op: Mapping[str, Scheme]
         root = point.like or point.tensor
         found[root] = max([*asked, found.get(root, 0)], default=0)
     return {root: bits or job.scheme.activation_bits for root, bits in found.items()}
-
-
-def tensors_of(graph: Graph, plan: Plan) -> set[str]:
-    """What the layers of the plan read."""
-    return {op.inputs[0] for op in plan.layers.values()}

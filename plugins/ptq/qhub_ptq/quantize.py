@@ -29,4 +29,5 @@ def quantize(job: GraphJob, options: Mapping[str, Any]) -> GraphResult:
     if job.scheme.activation == "dynamic":
         return dynamic(job, settings, batches)
     data = Calibration(batches, settings, Judge.of(job.graph, list(islice(batches, _JUDGED))))
-    return GraphResult(job.graph, static(job.graph, plan_of(job), data))
+    graph, quantization = static(job.graph, plan_of(job), data)
+    return GraphResult(graph, quantization)

@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qhub import ActivationGrid, Batch, Graph, QTensor, Quantization
+from qhub import ActivationGrid, Batch, Graph, QhubError, QTensor, Quantization
 from qhub_ptq.histogram import Histogram, histograms
 from qhub_ptq.judge import Judge
 from qhub_ptq.moments import Moments, round_on, taps_of
 from qhub_ptq.options import Settings
 from qhub_ptq.plan import Plan
 from qhub_ptq.ranges import RANGES, grid_of
+from qhub_ptq.scaling import scaled
 from qhub_ptq.weights import real, round_for_inputs, round_weight
 
+UNCHANGED = 1e-8  # squared relative change of the float outputs that scaling channels may make
 _PRODUCTS_FROM = 16  # batches at most whose second moments are taken
 
 
@@ -32,10 +34,27 @@ class Calibration:
         return (graph.watch(batch, tensors) for batch in self.batches)
 
 
-def static(graph: Graph, plan: Plan, data: Calibration) -> Quantization:
-    """How `graph` is rounded."""
-    found = histograms(lambda: data.watch(graph, plan.own))
-    activations = grids(found, plan, data.settings)
+def static(graph: Graph, plan: Plan, data: Calibration) -> tuple[Graph, Quantization]:
+    """The graph, perhaps with channels scaled, and how it is rounded."""
+    settings = data.settings
+
+    def rounding(tensor: str, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        found = Histogram()
+        for x in batches:
+            found.add(x)
+        grid = grid_for(found, plan.bits[plan.root[tensor]], settings)
+        return [round_on(grid, x) for x in batches]
+
+    plain = (graph, round_graph(graph, plan, data))
+    other = scaled(graph, plan, data.batches, settings, rounding)
+    if other is None or data.judge.error(other) > UNCHANGED:
+        return plain
+    return min((plain, (other, round_graph(other, plan, data))), key=lambda one: data.judge.error(one[0].rounded(one[1])))
+
+
+def round_graph(graph: Graph, plan: Plan, data: Calibration) -> Quantization:
+    """How `graph` is rounded as it is."""
+    activations = grids(watched(graph, plan, data), plan, data.settings)
     moments = moments_of(graph, plan, activations, data)
     weights = round_weights(graph, plan, moments, data.settings)
     plain = Quantization(weights, activations, {point.tensor: point.readers for point in plan.points})
@@ -45,13 +64,30 @@ def static(graph: Graph, plan: Plan, data: Calibration) -> Quantization:
     return min((corrected, plain), key=lambda one: data.judge.error(graph.rounded(one)))
 
 
+def watched(graph: Graph, plan: Plan, data: Calibration) -> dict[str, Histogram]:
+    """What the tensors hold.
+
+    :raises QhubError: naming the first tensor with a number that is not finite, and who reads it.
+    """
+    try:
+        return histograms(data.watch(graph, plan.own))
+    except ValueError as error:
+        readers = next((point.readers for point in plan.points if point.tensor == str(error)), ())
+        layers = {op.name: op.layer or op.name for op in graph.ops}
+        who = ", ".join(f"`{layers[name]}`" for name in readers)
+        message = f"tensor `{error}`, which {who} reads, holds numbers that are not finite on the calibration data"
+        raise QhubError(message, hint="check how the calibration items are normalised, or keep the layers before it in float") from None
+
+
 def grids(found: Mapping[str, Histogram], plan: Plan, settings: Settings) -> dict[str, ActivationGrid]:
     """The grid of every rounded tensor."""
-    own = {}
-    for tensor in plan.own:
-        ends = RANGES[settings.range](found[tensor], plan.bits[tensor], symmetric=settings.symmetric)
-        own[tensor] = grid_of(ends, plan.bits[tensor], symmetric=settings.symmetric)
-    return {point.tensor: own[point.like or point.tensor] for point in plan.points}
+    own = {tensor: grid_for(found[tensor], plan.bits[tensor], settings) for tensor in plan.own}
+    return {point.tensor: own[plan.root[point.tensor]] for point in plan.points}
+
+
+def grid_for(found: Histogram, bits: int, settings: Settings) -> ActivationGrid:
+    """The grid for numbers that lie so."""
+    return grid_of(RANGES[settings.range](found, bits, symmetric=settings.symmetric), bits, symmetric=settings.symmetric)
 
 
 def moments_of(graph: Graph, plan: Plan, activations: Mapping[str, ActivationGrid], data: Calibration) -> dict[str, Moments]:
