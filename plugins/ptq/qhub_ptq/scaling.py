@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from qhub import Batch, Graph
+from qhub_ptq.calibration import Calibration
 from qhub_ptq.chains import Chain, chains, folded, input_sizes, multiplied
 from qhub_ptq.options import Settings
 from qhub_ptq.plan import Plan
 from qhub_ptq.weights import real, round_weight
-
-from qhub import Batch, Graph
 
 EXPONENTS = (0.25, 0.5, 0.75)
 _ITEMS = 8  # of each batch, to try exponents on
@@ -37,10 +38,11 @@ def candidates(graph: Graph, plan: Plan, settings: Settings) -> list[Chain]:
     return found
 
 
-def scaled(graph: Graph, plan: Plan, data: Sequence[Batch], settings: Settings, rounding: Rounding) -> Graph | None:
+def scaled(graph: Graph, plan: Plan, data: Calibration, rounding: Rounding) -> Graph | None:
     """The network with the best scale of every chain folded in; None where no chain gains."""
+    settings = data.settings
     found = candidates(graph, plan, settings)
-    seen = _watched(graph, found, data) if found else {}
+    seen = _watched(graph, found, data.batches) if found else {}
     scales: dict[Chain, torch.Tensor] = {}
     for chain in found:
         is_fixed = chain.maker.kind == "norm" and not isinstance(settings.smooth, bool)
