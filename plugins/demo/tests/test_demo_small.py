@@ -170,7 +170,8 @@ SOURCE = '''"""What this module is for, in a line.
 
 More of it.
 """
-import first, second, third  # not taken: it is commented
+import first, second, third  # this line counts as a comment
+
 # A comment that explains something
 # and goes on in the next line
 def function(argument, other):
@@ -187,6 +188,7 @@ def test_lines_are_told_apart_by_the_syntax(tmp_path):
         ("code", "def function(argument, other):"),
         ("code", 'raise ValueError("the value is not known here", f"{argument} is part of it")'),
         ("comment", "A comment that explains something"),
+        ("comment", "this line counts as a comment"),
         ("docstring", "Return what the argument says."),
         ("docstring", "What this module is for, in a line."),
         ("message", "the value is not known here"),
