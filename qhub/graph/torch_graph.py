@@ -93,7 +93,7 @@ class TorchGraph:
     def run(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """The outputs for one batch."""
         with torch.no_grad():
-            found = self.module(*self._arguments(batch))
+            found = self._runnable(*self._arguments(batch))
         return tuple(found.values()) if isinstance(found, Mapping) else tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
     def watch(self, batch: Batch, tensors: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -143,6 +143,20 @@ class TorchGraph:
         forget_unused(module)
         module.recompile()
         return changed
+
+    @cached_property
+    def _runnable(self) -> fx.GraphModule:
+        """The same numbers in less time: weights dequantized once, and each pair of quantize and dequantize in one operation."""
+        module = copy.deepcopy(self.module)
+        for node in list(module.graph.nodes):
+            if node.target is qd.dequantize_per_channel.default:
+                _store_dequantized(module, node)
+            elif node.target is qd.dequantize_per_tensor.default:
+                _round_at_once(node)
+        module.graph.eliminate_dead_code()
+        forget_unused(module)
+        module.recompile()
+        return module
 
     def _node(self, layer: str) -> fx.Node:
         return self._called(next(op.name for op in self.ops if op.layer == layer))
@@ -199,6 +213,23 @@ def _round_tensor(node: fx.Node, grid: ActivationGrid, readers: list[fx.Node]) -
         rounded = node.graph.call_function(qd.dequantize_per_tensor.default, (codes, *numbers))
     for reader in readers:
         reader.replace_input_with(node, rounded)
+
+
+def _store_dequantized(module: fx.GraphModule, node: fx.Node) -> None:
+    codes, scale, zero = (get_tensor(module, str(argument.target)) for argument in node.args[:3] if isinstance(argument, fx.Node))
+    put_tensor(module, name := f"{node.name}_stored", qd.dequantize_per_channel(codes, scale, zero, *node.args[3:]))
+    with module.graph.inserting_before(node):
+        stored = module.graph.get_attr(name)
+    node.replace_all_uses_with(stored)
+
+
+def _round_at_once(node: fx.Node) -> None:
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    scale, zero, low, high = codes.args[1:5]
+    with node.graph.inserting_before(node):
+        rounded = node.graph.call_function(torch.fake_quantize_per_tensor_affine, (codes.args[0], scale, zero, low, high))
+    node.replace_all_uses_with(rounded)
 
 
 def _round_weight(module: fx.GraphModule, node: fx.Node, tensor: QTensor) -> None:
