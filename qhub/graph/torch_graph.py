@@ -5,8 +5,10 @@ The operations are PyTorch's `quantized_decomposed` ones, as PT2E writes them, s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -39,12 +41,11 @@ class TorchGraph:
     @classmethod
     def of(cls, model: torch.nn.Module, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """Export a model, fold its batch norms and take out what only matters for training; the model itself is not changed."""
-        return cls.simplified(export(model.eval(), inputs).module(check_guards=False), inputs, outputs)
+        return cls.simplified(module_of(export(model.eval(), inputs)), inputs, outputs)
 
     @classmethod
-    def simplified(cls, module: torch.nn.Module, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
+    def simplified(cls, module: fx.GraphModule, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """A program's module with batch norms folded, and without what only matters for training; the program's own is not changed."""
-        assert isinstance(module, fx.GraphModule)
         module = copy.deepcopy(module)
         simplify(module)
         return cls(module, inputs, outputs)
@@ -52,9 +53,9 @@ class TorchGraph:
     @classmethod
     def load(cls, path: Path, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """Open what `save` wrote."""
-        module = torch.export.load(path).module(check_guards=False)
-        assert isinstance(module, fx.GraphModule)
-        return cls(module, inputs, outputs)
+        with _quietly():
+            program = torch.export.load(path)
+        return cls(module_of(program), inputs, outputs)
 
     def save(self, path: Path) -> None:
         """Write the program as a `.pt2` file, without what only says where in whose sources an operation came from."""
@@ -196,7 +197,24 @@ def export(model: torch.nn.Module, inputs: tuple[GraphInput, ...]) -> torch.expo
     """The program of a model, for any batch and whatever else varies."""
     example = tuple(_example(item) for item in inputs)
     varying = tuple({axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(item.shape) if size < 0} for item in inputs)
-    return torch.export.export(model, example, dynamic_shapes=varying)
+    with _quietly():
+        return torch.export.export(model, example, dynamic_shapes=varying)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """While this lasts torch does not warn of its own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a module that runs; its weights are the program's own."""
+    with _quietly():
+        module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 def _example(item: GraphInput) -> torch.Tensor:
