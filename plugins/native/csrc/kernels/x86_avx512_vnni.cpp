@@ -217,11 +217,24 @@ void multiply_exact(const Weights& w, const float* x, const Tile& tile) {
 }
 
 size_t panel_bytes(const Weights&) { return 0; }
+uint64_t spin(size_t steps) {
+  constexpr size_t kChains = 12, kOperations = 128;
+  const __m512i codes = _mm512_set1_epi8(1);
+  __m512i sums[kChains] = {};
+  for (size_t step = 0; step < steps; ++step)
+#pragma GCC unroll 12
+    for (__m512i& sum : sums) {
+      sum = _mm512_dpbusd_epi32(sum, codes, codes);
+      __asm__ volatile("" : "+v"(sum));
+    }
+  return steps * kChains * kOperations;
+}
+
 bool runs(const Cpu& cpu) { return cpu.avx512_vnni; }
 
 }  // namespace
 
-const Kernel x86_avx512_vnni{"avx512_vnni", runs, quantize, multiply, multiply_exact, panel_bytes};
+const Kernel x86_avx512_vnni{"avx512_vnni", runs, quantize, multiply, multiply_exact, panel_bytes, spin};
 
 }  // namespace qhub
 
