@@ -156,6 +156,7 @@ def _cells(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"ms per token, {name}", f"{value:.3g}"
     yield "peak memory", human_bytes(run["peak_rss_bytes"])
     yield "share of the memory bandwidth", _or_not(run["bandwidth_share"], lambda share: f"{100 * share:.0f} %")
+    yield "share of the int8 peak", _or_not(run["compute_share"], lambda share: f"{100 * share:.0f} %")
     yield "joules per token", _or_not(run["energy_j"], lambda energy: f"{energy:.3g}")
 
 

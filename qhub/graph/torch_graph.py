@@ -46,7 +46,7 @@ class TorchGraph:
     @classmethod
     def simplified(cls, module: fx.GraphModule, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """A program's module with batch norms folded, and without what only matters for training; the program's own is not changed."""
-        module = copy.deepcopy(module)
+        module = duplicate(module)
         simplify(module)
         return cls(module, inputs, outputs)
 
@@ -115,7 +115,7 @@ class TorchGraph:
 
     def with_layers(self, layers: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]) -> TorchGraph:
         """The same network with other weights and biases."""
-        module = copy.deepcopy(self.module)
+        module = duplicate(self.module)
         changed = TorchGraph(module, self.inputs, self.outputs)
         for name, (weight, bias) in layers.items():
             set_layer(module, changed._node(name), weight, bias)
@@ -124,7 +124,7 @@ class TorchGraph:
 
     def rounded(self, quantization: Quantization) -> TorchGraph:
         """The network with quantize and dequantize operations: weights stored as int8 codes, less 2**(bits − 1)."""
-        module = copy.deepcopy(self.module)
+        module = duplicate(self.module)
         changed = TorchGraph(module, self.inputs, self.outputs)
         for layer, bias in quantization.biases.items():
             set_layer(module, changed._node(layer), changed.weight(layer), bias)
@@ -148,7 +148,7 @@ class TorchGraph:
     @cached_property
     def _runnable(self) -> fx.GraphModule:
         """The same numbers in less time: weights dequantized once, and each pair of quantize and dequantize in one operation."""
-        module = copy.deepcopy(self.module)
+        module = duplicate(self.module)
         for node in list(module.graph.nodes):
             if node.target is qd.dequantize_per_channel.default:
                 _store_dequantized(module, node)
@@ -207,6 +207,12 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def duplicate(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the module, weights included."""
+    with _quietly():
+        return copy.deepcopy(module)
 
 
 def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:

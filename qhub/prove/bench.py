@@ -68,6 +68,7 @@ def measure(runtime: Runtime, job: Job, events: Events) -> dict[str, Any]:
         generated = _generate(session, job, events)
         peak_bytes = program_peak_bytes()  # before the bandwidth is measured: that takes memory of its own
         share = _bandwidth_share(session, job.options.threads or 1, generated["generate_tokens_per_s"])
+        compute = _compute_share(session, job.options.threads or 1, prompts)
         how = getattr(session, "how_loaded", None)
     finally:
         session.close()
@@ -82,6 +83,7 @@ def measure(runtime: Runtime, job: Job, events: Events) -> dict[str, Any]:
         **generated,
         "items_per_s": None,
         "bandwidth_share": share,
+        "compute_share": compute,
         "peak_rss_bytes": peak_bytes,
         "float": None,
     }
@@ -142,6 +144,13 @@ def _bandwidth_share(session: Session, threads: int, tokens_per_s: float) -> flo
     if read_bytes is None or bandwidth is None:
         return None
     return float(read_bytes * tokens_per_s / bandwidth(threads))
+
+
+def _compute_share(session: Session, threads: int, prompts: Sequence[dict[str, Any]]) -> float | None:
+    """How much of the peak of int8 arithmetic the longest prompt reaches; None where the session does not tell."""
+    ops, peak_ops = getattr(session, "ops_per_token", None), getattr(session, "peak_ops", None)
+    peak = peak_ops(threads) if ops is not None and peak_ops is not None and prompts else None
+    return None if peak is None else float(ops * prompts[-1]["tokens_per_s"] / peak)
 
 
 def measure_apart(job: Job | NetworkJob, events: Events) -> dict[str, Any]:
