@@ -1,12 +1,17 @@
-"""Which schemes fit ONNX Runtime's operators, and how."""
+"""Which models and schemes fit ONNX Runtime's operators, and how; reads no weights."""
 
 from __future__ import annotations
 
-from qhub import Scheme
+from pathlib import Path
+
+from qhub import DecoderConfig, QhubError, Scheme, decoder_config, read_json
+
+ENGINE = "onnxruntime"
 
 #: Bits of a field that a code lies in, and inputs per block of `MatMulNBits`.
 WIDTHS = (2, 4, 8)
 BLOCKS = (256, 128, 64, 32, 16)
+HEADS_OF = 8  # what numbers in a head are a multiple of
 
 
 def width_of(bits: int) -> int:
@@ -30,3 +35,21 @@ def why_not(scheme: Scheme) -> str | None:
     if block_size_of(scheme, BLOCKS[0]) is None:
         return f"`onnx` has blocks of 16 inputs or more, and groups of {scheme.group_size} are not made of those"
     return None
+
+
+def why_no_decoder(config: Path) -> str | None:
+    """Why the model with this config.json is not built here; None also where there is no such file to ask."""
+    if not config.is_file():
+        return None
+    try:
+        return why_not_heads(decoder_config(read_json(config), ENGINE))
+    except QhubError as error:
+        return error.message
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        return f"`{config}` lacks or garbles {error}"
+
+
+def why_not_heads(config: DecoderConfig) -> str | None:
+    """Why heads of this size have no attention here."""
+    fits = config.dim % HEADS_OF == 0
+    return None if fits else f"ONNX Runtime's attention takes heads of a multiple of {HEADS_OF} numbers; these have {config.dim}"
