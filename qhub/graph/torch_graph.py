@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ class TorchGraph:
         """Export a model, fold its batch norms and take out what only matters for training; the model itself is not changed."""
         module = export(model.eval(), inputs).module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
-        module = copy.deepcopy(module)
+        module = _copy(module)
         simplify(module)
         return cls(module, inputs, outputs)
 
@@ -92,7 +93,7 @@ class TorchGraph:
 
     def with_layers(self, layers: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]) -> TorchGraph:
         """The same network with other weights and biases."""
-        module = copy.deepcopy(self.module)
+        module = _copy(self.module)
         changed = TorchGraph(module, self.inputs, self.outputs)
         for name, (weight, bias) in layers.items():
             set_layer(module, changed._node(name), weight, bias)
@@ -101,7 +102,7 @@ class TorchGraph:
 
     def rounded(self, quantization: Quantization) -> TorchGraph:
         """The network with quantize and dequantize operations: weights stored as int8 codes, less 2**(bits − 1)."""
-        module = copy.deepcopy(self.module)
+        module = _copy(self.module)
         changed = TorchGraph(module, self.inputs, self.outputs)
         for layer, bias in quantization.biases.items():
             set_layer(module, changed._node(layer), changed.weight(layer), bias)
@@ -154,6 +155,13 @@ class _Watcher(fx.Interpreter):
         if node.name in self.names:
             self.seen[node.name] = made
         return made
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy; torch warns of its own classes while it copies."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(module)
 
 
 def export(model: torch.nn.Module, inputs: tuple[GraphInput, ...]) -> torch.export.ExportedProgram:
