@@ -132,8 +132,8 @@ class Block(Protocol):
 class Quantizer(Component):
     """A method. Override the finest level that the method needs; the default of each calls the next finer one.
 
-    `family` is the leaf of the flowchart that the method serves; `families` are all of them where it serves several. `needs` names
-    the statistics to collect: "gram", "shortfall", "abs_mean"; empty means that no calibration pass is run at all.
+    `family` is the leaf of the flowchart that the method serves; `families` are all of them where it serves several.
+    `needs` names the statistics to collect: "gram", "shortfall", "abs_mean"; empty means that no calibration pass is run at all.
     """
 
     family: ClassVar[Family] = "weight-only"

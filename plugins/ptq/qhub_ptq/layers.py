@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from qhub import Graph, Op, QTensor, Quantization
-from qhub_ptq.calibration import Calibration
+from qhub_ptq.calibration import Calibration, not_finite
 from qhub_ptq.moments import Moments, taps_of
 from qhub_ptq.options import Settings
 from qhub_ptq.plan import Plan
@@ -31,7 +31,10 @@ def round_layers(graph: Graph, plan: Plan, data: Calibration, reading: Reading, 
 
 
 def moments_of(graph: Graph, plan: Plan, data: Calibration, reading: Reading) -> dict[str, Moments]:
-    """What is needed of every layer's input, from one pass."""
+    """What is needed of every layer's input, from one pass.
+
+    :raises QhubError: when a layer reads a number that is not finite.
+    """
     found = {layer: Moments() for layer in plan.layers}
     compensated = {layer for layer, scheme in plan.schemes.items() if scheme.weight_bits < 8 and data.settings.compensate}
     if not compensated and not data.settings.correct_bias:
@@ -42,7 +45,8 @@ def moments_of(graph: Graph, plan: Plan, data: Calibration, reading: Reading) ->
         for layer, op in plan.layers.items():
             x = seen[op.inputs[0]].float()
             rounded = reading(op, x)
-            found[layer].add(op, x, rounded)
+            if not found[layer].add(op, x, rounded):
+                raise not_finite(graph, op.inputs[0])
             if layer in compensated and index < _PRODUCTS_FROM:
                 found[layer].add_products(taps_of(graph, op, x), taps_of(graph, op, rounded))
     return found

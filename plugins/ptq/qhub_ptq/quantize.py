@@ -32,6 +32,8 @@ def quantize(job: GraphJob, options: Mapping[str, Any]) -> GraphResult:
     if job.scheme.is_float:
         return GraphResult(job.graph, Quantization(casts={layer: _CASTS[str(scheme)] for layer, scheme in plan.schemes.items()}), notes)
     batches = list(job.calibration())
+    if not batches and job.scheme.activation == "static":
+        raise QhubError("static rounding needs calibration items, and there are none", hint="give some with `--calib`")
     data = Calibration(batches, Settings.of(options, job.target), Judge.of(job.graph, batches[:_JUDGED]))
     graph, quantization = _rounded(job.graph, plan, data, is_dynamic=job.scheme.activation == "dynamic")
     quantization, kept = within_goal(job, graph, quantization, data)

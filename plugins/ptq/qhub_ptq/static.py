@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from qhub import ActivationGrid, Graph, Op, QhubError, Quantization
-from qhub_ptq.calibration import Calibration
+from qhub import ActivationGrid, Graph, Op, Quantization
+from qhub_ptq.calibration import Calibration, not_finite
 from qhub_ptq.histogram import Histogram, histograms
 from qhub_ptq.layers import round_layers
 from qhub_ptq.moments import round_on
@@ -54,8 +54,4 @@ def _histograms(graph: Graph, plan: Plan, data: Calibration) -> dict[str, Histog
     try:
         return histograms(data.watch(graph, plan.own))
     except ValueError as error:
-        readers = next((point.readers for point in plan.points if point.tensor == str(error)), ())
-        layers = {op.name: op.layer or op.name for op in graph.ops}
-        who = ", ".join(f"`{layers[name]}`" for name in readers)
-        message = f"tensor `{error}`, which {who} reads, holds numbers that are not finite on the calibration data"
-        raise QhubError(message, hint="check how the calibration items are normalised, and the weights of the layers before it") from None
+        raise not_finite(graph, str(error)) from None
