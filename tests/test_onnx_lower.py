@@ -16,7 +16,7 @@ from tiny_graphs import dynamic, encoder, residual, static
 from qhub.errors import Unsupported
 from qhub.graph.onnx_lower import OnnxOptions, open_program, write_onnx
 from qhub.graph.onnx_passes import OPENVINO, TENSORRT, OnnxStyle
-from qhub.graph.onnx_stored import DIGEST, read_layers
+from qhub.graph.onnx_stored import DIGEST, read_onnx_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch calls it itself, when a program is copied
 NETWORKS = {"image": functools.cache(residual), "text": functools.cache(encoder)}
@@ -55,7 +55,7 @@ def written(tmp_path, which, bits=(8, 8), **options):
 
 
 def assert_same_codes(path, quantization):
-    found = read_layers(path)
+    found = read_onnx_layers(path)
     assert set(found) == set(quantization.weights)
     for layer, tensor in quantization.weights.items():
         for part in ("codes", "scale", "zero"):
