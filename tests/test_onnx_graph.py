@@ -317,14 +317,7 @@ def test_data_that_does_not_fit(tmp_path, batch, said):
 
 
 def test_inner_shapes_that_do_not_fit_name_the_node(tmp_path):
-    path = hand_made(
-        tmp_path,
-        [
-            conv(),
-        ],
-        {"w": WEIGHT},
-        shape=("batch", "channels", 8, 8),
-    )
+    path = hand_made(tmp_path, [conv()], {"w": WEIGHT}, shape=("batch", "channels", 8, 8))
     with pytest.raises(QhubError, match="the_conv"):
         OnnxGraph.of(path).run({"x": np.zeros((1, 5, 8, 8), np.float32)})
 

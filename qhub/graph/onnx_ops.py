@@ -11,21 +11,20 @@ from onnx import NodeProto
 from qhub.graph.onnx_edit import Array, OnnxEditor, attributes
 from qhub.graph.values import Kind, Op
 
+_CARRIES = (
+    "MaxPool", "Reshape", "Transpose", "Slice", "Pad", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Identity", "DepthToSpace",
+)  # fmt: skip
+_NORMS = (
+    "LayerNormalization", "Softmax", "LogSoftmax", "InstanceNormalization", "GroupNormalization", "BatchNormalization", "LRN",
+    "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "LpNormalization",
+)  # fmt: skip
 _KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("Add", "Sub", "Mul"), "join"),
-    **dict.fromkeys(
-        ("MaxPool", "Reshape", "Transpose", "Slice", "Pad", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Identity", "DepthToSpace"), "carry"
-    ),
+    **dict.fromkeys(_CARRIES, "carry"),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool"), "pool"),
-    **dict.fromkeys(
-        (
-            "LayerNormalization", "Softmax", "LogSoftmax", "InstanceNormalization", "GroupNormalization", "BatchNormalization",
-            "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "LpNormalization", "LRN",
-        ), "norm",
-    ),
-}  # fmt: skip
+    **dict.fromkeys(_NORMS, "norm"),
+}
 _AFFINE = ("LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization")
-_FOLDABLE = ("Identity", "Transpose", "Dropout")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ class OnnxRunner:
 
     def __init__(self, model: onnx.ModelProto, path: Path, inputs: tuple[GraphInput, ...], names: tuple[str, ...] | None = None) -> None:
         self._session = open_session(model, path)
-        self._path, self._inputs, self._names = path, inputs, list(names) if names else None
+        self._model, self._path, self._inputs, self._names = model, path, inputs, list(names) if names else None
 
     def run(self, batch: Batch) -> tuple[NDArray[Any], ...]:
         """The outputs for one batch; where the file's batch is fixed, it is run in pieces of that size.
@@ -62,8 +62,8 @@ class OnnxRunner:
         return np.ascontiguousarray(array, dtype=item.dtype)
 
 
-def open_session(model: onnx.ModelProto, path: Path) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    """A session on the CPU.
+def open_session(model: onnx.ModelProto, path: Path, *, plain: bool = False) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    """A session on the CPU; plain: nothing is rewritten.
 
     :raises Unsupported: when onnxruntime has no kernel for one of the model's operations.
     """
@@ -71,6 +71,8 @@ def open_session(model: onnx.ModelProto, path: Path) -> Any:  # noqa: ANN401 - o
 
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # what goes wrong is raised
+    if plain:
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a class per status

@@ -107,7 +107,7 @@ def test_a_forced_kernel_is_refused(artifact):
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path):
-    with pytest.raises(QhubError, match="has neither `model.pt2` nor `model.onnx`"):
+    with pytest.raises(QhubError, match=r"has neither `model\.pt2` nor `model\.onnx`"):
         OnnxExporter().export(QuantizedModel(tmp_path, "graph", "w8a8-static", "static"), tmp_path / "out", RECIPE)
 
 
