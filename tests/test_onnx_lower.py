@@ -16,7 +16,7 @@ from tiny_graphs import dynamic, encoder, residual, static
 from qhub.errors import Unsupported
 from qhub.graph.onnx_lower import OnnxOptions, open_program, write_onnx
 from qhub.graph.onnx_passes import OPENVINO, TENSORRT, OnnxStyle
-from qhub.graph.onnx_stored import DIGEST, read_layers
+from qhub.graph.onnx_stored import DIGEST, read_onnx_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch calls it itself, when a program is copied
 NETWORKS = {"image": functools.cache(residual), "text": functools.cache(encoder)}
@@ -45,17 +45,23 @@ def sqnr(reference: torch.Tensor, found: np.ndarray) -> float:
     return float(10 * np.log10((reference.numpy() ** 2).sum() / ((reference.numpy() - found) ** 2).sum().clip(1e-30)))
 
 
-def written(tmp_path, which, bits=(8, 8), **options):
-    """A network rounded, its file, its quantization and batch."""
-    graph, batch = NETWORKS[which]()
-    style = options.get("style")
-    quantization = static(graph, batch, bits, symmetric=style is TENSORRT)
-    write_onnx(graph.rounded(quantization), tmp_path / "model.onnx", OnnxOptions(**options))
-    return graph.rounded(quantization), tmp_path / "model.onnx", quantization, batch
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Writes a network rounded: the rounded graph, its file, its quantization and batch. The same one is written once."""
+
+    @functools.cache
+    def write(which, bits=(8, 8), **options):
+        graph, batch = NETWORKS[which]()
+        quantization = static(graph, batch, bits, symmetric=options.get("style") is TENSORRT)
+        rounded, path = graph.rounded(quantization), tmp_path_factory.mktemp("written") / "model.onnx"
+        write_onnx(rounded, path, OnnxOptions(recipe_digest="abc123", **options))
+        return rounded, path, quantization, batch
+
+    return write
 
 
 def assert_same_codes(path, quantization):
-    found = read_layers(path)
+    found = read_onnx_layers(path)
     assert set(found) == set(quantization.weights)
     for layer, tensor in quantization.weights.items():
         for part in ("codes", "scale", "zero"):
@@ -64,8 +70,8 @@ def assert_same_codes(path, quantization):
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4), (3, 8)], ids=["w8a8", "w4a8", "w4a4", "w3a8"])
-def test_an_image_network_computes_in_integers_with_exactly_its_codes(tmp_path, bits):
-    rounded, path, quantization, batch = written(tmp_path, "image", bits)
+def test_an_image_network_computes_in_integers_with_exactly_its_codes(written, bits):
+    rounded, path, quantization, batch = written("image", bits)
     assert_same_codes(path, quantization)
     assert sqnr(rounded.run(batch)[0], run(path, batch)) > 30
     ops = fused(path)
@@ -75,8 +81,8 @@ def test_an_image_network_computes_in_integers_with_exactly_its_codes(tmp_path, 
 
 
 @pytest.mark.parametrize("style", [OPENVINO, TENSORRT], ids=["openvino", "tensorrt"])
-def test_other_engines_get_the_same_codes_and_a_float_bias(tmp_path, style):
-    rounded, path, quantization, batch = written(tmp_path, "image", style=style)
+def test_other_engines_get_the_same_codes_and_a_float_bias(written, style):
+    rounded, path, quantization, batch = written("image", style=style)
     assert_same_codes(path, quantization)
     assert sqnr(rounded.run(batch)[0], run(path, batch)) > 80
     stored = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
@@ -84,8 +90,8 @@ def test_other_engines_get_the_same_codes_and_a_float_bias(tmp_path, style):
     assert not any(name.endswith("bias_codes") for name in stored)
 
 
-def test_for_tensorrt_every_zero_is_0(tmp_path):
-    _, path, _, _ = written(tmp_path, "image", style=TENSORRT)
+def test_for_tensorrt_every_zero_is_0(written):
+    _, path, _, _ = written("image", style=TENSORRT)
     model = onnx.load(path)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     zeros = [stored[node.input[2]] for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -99,8 +105,8 @@ def test_asymmetric_activations_are_refused_for_tensorrt(tmp_path):
         write_onnx(graph.rounded(static(graph, batch)), tmp_path / "model.onnx", OnnxOptions(TENSORRT))
 
 
-def test_four_bit_codes_take_half_a_byte_and_the_opset_that_has_them(tmp_path):
-    _, path, _, _ = written(tmp_path, "image", (4, 8))
+def test_four_bit_codes_take_half_a_byte_and_the_opset_that_has_them(written):
+    _, path, _, _ = written("image", (4, 8))
     model = onnx.load(path)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     assert stored["third.weight_codes"].data_type == onnx.TensorProto.INT4
@@ -108,8 +114,8 @@ def test_four_bit_codes_take_half_a_byte_and_the_opset_that_has_them(tmp_path):
     assert [item.version for item in model.opset_import if item.domain == ""] == [21]
 
 
-def test_a_static_text_network_multiplies_integers(tmp_path):
-    rounded, path, quantization, batch = written(tmp_path, "text")
+def test_a_static_text_network_multiplies_integers(written):
+    rounded, path, quantization, batch = written("text")
     assert_same_codes(path, quantization)
     assert sqnr(rounded.run(batch)[0], run(path, batch)) > 30
     ops = fused(path)
@@ -162,23 +168,23 @@ def test_names_and_varying_axes_survive(tmp_path):
         assert np.allclose(run(path, other), graph.run(other)[0], atol=1e-5)
 
 
-def test_the_file_says_by_which_recipe_and_nothing_of_this_machine(tmp_path):
-    _, path, _, _ = written(tmp_path, "image", recipe_digest="abc123")
+def test_the_file_says_by_which_recipe_and_nothing_of_this_machine(written):
+    _, path, _, _ = written("image")
     model = onnx.load(path)
     assert {item.key: item.value for item in model.metadata_props}[DIGEST] == "abc123"
     assert b"/" + b"qhub/" not in path.read_bytes()
     assert str(Path.cwd()).encode() not in path.read_bytes()
 
 
-def test_weights_go_into_a_file_beside_it_on_request(tmp_path):
-    rounded, path, quantization, batch = written(tmp_path, "image", external_data=True)
-    assert (tmp_path / "model.onnx.data").stat().st_size >= 16 * 16 * 9
+def test_weights_go_into_a_file_beside_it_on_request(written):
+    rounded, path, quantization, batch = written("image", external_data=True)
+    assert path.with_name("model.onnx.data").stat().st_size >= 16 * 16 * 9
     assert_same_codes(path, quantization)
     assert sqnr(rounded.run(batch)[0], run(path, batch)) > 30
 
 
-def test_integer_operations_on_request(tmp_path):
-    rounded, path, quantization, batch = written(tmp_path, "image", qoperator=True)
+def test_integer_operations_on_request(written):
+    rounded, path, quantization, batch = written("image", qoperator=True)
     assert Counter(node.op_type for node in onnx.load(path).graph.node)["QLinearConv"] == 3
     assert_same_codes(path, quantization)
     assert sqnr(rounded.run(batch)[0], run(path, batch)) > 30
@@ -193,14 +199,12 @@ def test_layers_with_equal_codes_stay_two(tmp_path):
     assert_same_codes(tmp_path / "model.onnx", quantization)
 
 
-def test_a_saved_program_is_written_as_the_graph_it_came_from(tmp_path):
-    graph, batch = residual()
-    rounded = graph.rounded(static(graph, batch))
+def test_a_saved_program_is_written_as_the_graph_it_came_from(tmp_path, written):
+    rounded, path, _, batch = written("image")
     rounded.save(tmp_path / "model.pt2")
     assert open_program(tmp_path / "model.pt2").inputs[0].shape == (-1, 3, 8, 8)
     (tmp_path / "qhub.json").write_text(
         '{"kind": "graph", "inputs": [{"name": "image", "shape": [-1, 3, 8, 8], "dtype": "float32"}], "outputs": ["logits"]}'
     )
     write_onnx(tmp_path / "model.pt2", tmp_path / "a.onnx")
-    write_onnx(rounded, tmp_path / "b.onnx")
-    assert np.array_equal(run(tmp_path / "a.onnx", batch), run(tmp_path / "b.onnx", batch))
+    assert np.array_equal(run(tmp_path / "a.onnx", batch), run(path, batch))

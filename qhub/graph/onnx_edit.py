@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -33,17 +33,13 @@ class OnnxEditor:
         node = self._made.get(name)
         return node if node is not None and op in ("", node.op_type) else None
 
+    def made_by(self, node: NodeProto) -> None:
+        """Remember what a node makes, after its outputs were renamed."""
+        self._made.update({name: node for name in node.output})
+
     def readers(self, name: str) -> list[NodeProto]:
         """The nodes that read the value."""
         return [node for node in self.nodes if name in node.input]
-
-    def reader_counts(self) -> Mapping[str, int]:
-        """How often each value is read, as an output of the model too."""
-        counts = dict.fromkeys(self.outputs, 1)
-        for node in self.nodes:
-            for name in node.input:
-                counts[name] = counts.get(name, 0) + 1
-        return counts
 
     def constant(self, name: str) -> Array | None:
         """The numbers of a constant, past a cast."""
@@ -56,7 +52,7 @@ class OnnxEditor:
 
     def store(self, name: str, numbers: Array) -> str:
         """Keep numbers as an initializer of that name, in place of one that is there."""
-        self.stored[name] = numpy_helper.from_array(np.ascontiguousarray(numbers), name)
+        self.stored[name] = numpy_helper.from_array(np.asarray(numbers, order="C"), name)
         self._names.add(name)
         return name
 
@@ -74,6 +70,12 @@ class OnnxEditor:
         place, new = self._place(before), list(nodes)
         self.nodes[place:place] = new
         self._made.update({name: node for node in new for name in node.output})
+
+    def insert_after(self, node: NodeProto, new: NodeProto) -> None:
+        """Put a node behind another."""
+        self.nodes.insert(self._place(node) + 1, new)
+        for one in (node, new):
+            self.made_by(one)
 
     def replace(self, old: NodeProto, nodes: Iterable[NodeProto]) -> None:
         """Put nodes in the place of one, which they do the work of."""

@@ -78,12 +78,16 @@ def describe(model: onnx.ModelProto, layers: Mapping[str, StoredLayer], recipe_d
         model.metadata_props.add(key=key, value=value)
 
 
-def read_layers(path: Path) -> dict[str, QTensor]:
+def read_onnx_layers(path: Path) -> dict[str, QTensor]:
     """The quantized layers of an ONNX file that `write_onnx` or `OnnxGraph` wrote, by name.
 
     :raises QhubError: when the file says it has a layer that it does not hold.
     """
-    model = onnx.load(path)
+    return layers_of(onnx.load(path), path)
+
+
+def layers_of(model: onnx.ModelProto, path: Path) -> dict[str, QTensor]:
+    """The quantized layers of a model that lies at `path`."""
     about: dict[str, Any] = next((json.loads(item.value) for item in model.metadata_props if item.key == LAYERS), {})
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     readers = {name: node for node in model.graph.node for name in node.input}
