@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from qhub.data.classes import fit_labels
 from qhub.data.dataset import Dataset
 from qhub.data.described import own_steps
+from qhub.data.encode import TextSteps
 from qhub.data.preprocess import Preprocessor, find_preprocessor, model_inputs
 from qhub.data.read import data_sha256, read_data, split_part
 from qhub.errors import QhubError, UsageError
-from qhub.graph.values import Batch
+from qhub.graph.values import Batch, GraphInput
 from qhub.plugins import Plugins
 from qhub.types import Calibration, ModelProfile, ModelSource, Recipe, Task
 
@@ -48,15 +49,23 @@ def with_task(found: ModelProfile, source: ModelSource, given: tuple[str | None,
 
 @dataclass(frozen=True)
 class Feed:
-    """A dataset on its way into a network."""
+    """A dataset on its way into a network; `name` is what the network calls its only input, if that is another name than the data's."""
 
     dataset: Dataset
     preprocessor: Preprocessor
+    name: str | None = None
+
+    def into(self, inputs: Sequence[GraphInput]) -> Feed:
+        """The same data under the names that a network's inputs have."""
+        names = [item.name for item in inputs]
+        if isinstance(self.preprocessor, TextSteps):
+            return replace(self, preprocessor=replace(self.preprocessor, names=tuple(names)))
+        return replace(self, name=names[0]) if len(names) == 1 else self
 
     def batches(self, size: int = BATCH) -> Iterator[Batch]:
         """The inputs of all items, `size` at a time."""
         for inputs, _ in model_inputs(self.dataset, self.preprocessor, size):
-            yield inputs
+            yield inputs if self.name is None or len(inputs) != 1 else {self.name: next(iter(inputs.values()))}
 
     def labels(self, size: int = BATCH) -> Iterator[NDArray[Any]]:
         """The labels of the same batches: (B,), or (B, T) with `NEITHER` where there is none."""
@@ -75,7 +84,7 @@ class Feed:
 
     def sample(self) -> Batch:
         """The inputs of one or two items: what the network takes."""
-        return next(model_inputs(self.dataset, self.preprocessor, 2))[0]
+        return next(self.batches(2))
 
 
 def feed(recipe: Recipe, data: Calibration, *, seed: int | None = None) -> Feed:

@@ -58,6 +58,7 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, quantizer: GraphQuan
 
 def _job(run: RunDir, recipe: Recipe, plugins: Plugins, found: Feed, events: Events) -> GraphJob:
     graph = float_graph(run, recipe, found)
+    found = found.into(graph.inputs)
     judge = _Judge(graph, found)
     return GraphJob(
         graph=graph,
@@ -151,7 +152,7 @@ def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
     from qhub.stage import runtime_for
 
     quantized = QuantizedGraph.open(run.quantized)
-    found = first_items(recipe)
+    found = first_items(recipe).into(quantized.inputs)
     checks = {}
     for artifact in run.read("work/artifacts.json"):
         exporter, path = plugins.exporters[recipe.exporter or ""], run.path / artifact["path"]
@@ -213,7 +214,7 @@ def evaluate(run: RunDir, recipe: Recipe, events: Events) -> None:
     found = feed(recipe, recipe.evaluation)
     _warn_of_ranges(recipe, found, events)
     graph, quantized = float_graph(run, recipe, found), QuantizedGraph.open(run.quantized).graph()
-    made = measure(graph, quantized, found)
+    made = measure(graph, quantized, found.into(graph.inputs))
     run.write(
         "work/evaluation.json",
         {

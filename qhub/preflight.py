@@ -10,6 +10,7 @@ from pathlib import Path
 from qhub.data.read import data_sha256
 from qhub.errors import QhubError, UsageError
 from qhub.plugins import Plugins
+from qhub.route.estimate import weight_bytes
 from qhub.route.recipe import file_sha256, from_yaml, model_sha256
 from qhub.rundir import RECIPE, STATE, RunDir
 from qhub.stage import hidden_limit_bytes
@@ -74,6 +75,8 @@ def _spooled_bytes(found: ModelProfile, recipe: Recipe) -> int:
 
 
 def _quantized_bytes(found: ModelProfile, recipe: Recipe) -> int:
+    if recipe.evaluation is not None and not recipe.evaluation.seq_len:  # a network
+        return weight_bytes(found, Scheme.parse(recipe.scheme))
     total = float(found.weight_bytes)
     for layer in found.linears():
         pattern = last_match(layer.name.removesuffix(".weight"), recipe.overrides)

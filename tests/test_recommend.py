@@ -513,9 +513,10 @@ def test_a_device_without_3_bit_kernels_is_not_asked_for_them():
     [
         ("config", "only the config is here: `qhub run` needs the weights too"),
         ("hub", "the weights are not here: `hf download m` before `qhub run`"),
-        ("onnx", "`qhub run` starts from a Hugging Face folder; `qhub-onnxruntime` (planned, not published yet) would read onnx"),
-        ("tflite", "`qhub run` starts from a Hugging Face folder; `qhub-tflite` (planned, not published yet) would read tflite"),
-        ("pt2", "`qhub run` starts from a Hugging Face folder; `qhub-ptq` (planned, not published yet) would read pt2"),
+        (
+            "tflite",
+            "`qhub run` starts from a Hugging Face folder, a .pt2 or an .onnx file; `qhub-tflite` (planned, not published yet) would read tflite",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_run_yet_says_so(form, warning):

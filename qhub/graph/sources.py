@@ -59,6 +59,10 @@ def open_graph(source: Source, sample: Batch) -> Graph:
         return _exported(model, sample, (output,), source.path.name)
     if source.path.suffix.lower() == ".pt2":
         return open_program(source.path)
+    if source.path.suffix.lower() == ".onnx":
+        from qhub.graph.onnx_graph import OnnxGraph
+
+        return OnnxGraph.of(source.path)
     raise Unsupported(f"`{source.path}` is no network that is quantized here", hint="give a model folder, a .pt2 or an .onnx file")
 
 

@@ -83,6 +83,10 @@ class QuantizedGraph:
 
         :raises DamagedModelError: when the program cannot be read.
         """
+        if self.program.suffix == ".onnx":
+            from qhub.graph.onnx_graph import OnnxGraph
+
+            return OnnxGraph.load(self.program, self.inputs, self.outputs)
         from qhub.graph.torch_graph import TorchGraph
 
         try:

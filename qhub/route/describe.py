@@ -25,7 +25,7 @@ LADDER = "smaller groups, asymmetric, `--plugin awq --plugin gptq`, 8 bits for t
 _LARGE_REST = 0.2
 LESS_CONTEXT = 2048
 #: Formats that are no folder with safetensors → the distribution that would quantize them.
-READERS = {"onnx": "qhub-onnxruntime", "pt2": "qhub-ptq", "tflite": "qhub-tflite", "gguf": "qhub-gguf"}
+READERS = {"tflite": "qhub-tflite", "gguf": "qhub-gguf"}
 
 
 def reasons(search: Search, method: Method, scheme: Scheme) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _input(profile: ModelProfile) -> Iterator[str]:
         yield f"the weights are not here: `hf download {profile.source}` before `qhub run`"
     elif profile.format in READERS:
         reader = f"`{READERS[profile.format]}` (planned, not published yet)"
-        yield f"`qhub run` starts from a Hugging Face folder; {reader} would read {profile.format}"
+        yield f"`qhub run` starts from a Hugging Face folder, a .pt2 or an .onnx file; {reader} would read {profile.format}"
 
 
 def _above_goal(search: Search, scheme: Scheme, expected: Estimates) -> Iterator[str]:
