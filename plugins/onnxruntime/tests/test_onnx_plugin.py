@@ -1,6 +1,7 @@
 """What the plugin offers, whom it refuses, and a run from the command line to a chat."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from qhub_onnxruntime.schemes import block_size_of
 from tiny_models import random_ids, tiny_model
 
 from qhub import ModelProfile, QuantizedModel, Scheme, Target, folder_digest, pack
+from qhub.errors import DamagedModelError
+from qhub.prove.parity import compare_logits
 
 
 def profile(task="llm", path="m"):
@@ -120,7 +123,7 @@ def test_blocks_are_groups_or_pieces_of_a_row(scheme, inputs, block):
 # From the command line.
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of a tiny Llama, its report, and a function for further commands."""
+    """A run of a tiny Llama: its report, a function for further commands, its folder."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text("".join(chr(33 + code % 90) for code in random_ids(1, 4000)[0].tolist()), encoding="utf-8")
 
@@ -131,7 +134,7 @@ def run(tmp_path_factory):
     options = ["--plugin", "rtn", "--plugin", "onnxruntime", "--scheme", "w4a16-g32-asym", "--eval", "text.txt", "--seq-len", "32"]
     ran = qhub("run", tiny_model("llama"), *options, "--max-drop", "99", "--out", "run", "--json")
     assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout), qhub
+    return json.loads(ran.stdout), qhub, folder / "run"
 
 
 def test_a_run_ends_with_an_artifact_whose_codes_and_logits_were_compared(run):
@@ -155,3 +158,16 @@ def test_chat_talks_to_the_artifact(run):
     ran = run[1]("chat", "run/artifact/onnx", "--max-tokens", "5", "--temperature", "0", given="abc\n")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
+
+
+def test_a_file_with_one_other_code_fails_the_run_and_names_the_layer(run, tmp_path):
+    import onnx
+
+    artifact = shutil.copytree(run[2] / "artifact" / "onnx", tmp_path / "onnx")
+    graph = onnx.load_model(artifact / "model.onnx", load_external_data=False).graph
+    (codes,) = [tensor for tensor in graph.initializer if tensor.name == "model.layers.0.mlp.up_proj.codes"]
+    data = bytearray((artifact / "model.onnx.data").read_bytes())
+    data[next(int(entry.value) for entry in codes.external_data if entry.key == "offset")] ^= 16
+    (artifact / "model.onnx.data").write_bytes(data)
+    with pytest.raises(DamagedModelError, match=r"not those that were quantized, first in layer `model\.layers\.0\.mlp\.up_proj`"):
+        compare_logits(run[2] / "quantized", artifact, OnnxRuntime(), random_ids(1, 16).numpy(), EXPORTERS[0])
