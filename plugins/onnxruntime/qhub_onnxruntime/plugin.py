@@ -26,9 +26,9 @@ class OnnxExporter(Exporter):
     format = _FORMAT
 
     def reject(self, profile: ModelProfile, scheme: Scheme) -> str | None:
-        """Carries weight-only integer schemes of language models whose groups are made of blocks of 16 inputs."""
+        """Carries weight-only integer schemes of language models whose groups are made of blocks of 16 inputs, and networks as graphs."""
         if profile.task != "llm":
-            return f"`{self.format}` as written here holds language models; this is `{profile.task}`"
+            return self._why_no_network(profile, scheme)
         from qhub_onnxruntime.schemes import why_not
 
         return why_not(scheme)
