@@ -26,12 +26,12 @@ class OnnxExporter(Exporter):
     format = _FORMAT
 
     def reject(self, profile: ModelProfile, scheme: Scheme) -> str | None:
-        """Carries weight-only integer schemes of language models whose groups are made of blocks of 16 inputs, and networks as graphs."""
+        """Carries weight-only integer schemes of the language models that `qhub.decoder_config` describes, and networks."""
         if profile.task != "llm":
             return self._why_no_network(profile, scheme)
-        from qhub_onnxruntime.schemes import why_not
+        from qhub_onnxruntime.schemes import why_no_decoder, why_not
 
-        return why_not(scheme)
+        return why_not(scheme) or why_no_decoder(Path(profile.path) / "config.json")
 
     def export(self, model: QuantizedModel, out: Path, recipe: Recipe) -> Artifact:
         """Build a language model's graph, streaming one layer at a time into its data file; or write a network's."""
