@@ -217,6 +217,38 @@ def test_an_old_opset_is_brought_up(tmp_path):
     assert sqnr(found.run(X)[0], found.rounded(static(found, X)).run(X)[0]) > 30
 
 
+def test_four_bits_bring_a_file_to_the_opset_that_has_them(tmp_path):
+    nodes = [conv(out="c"), helper.make_node("ReduceMean", ["c"], ["y"], axes=[2, 3])]  # its axes are an input from opset 18 on
+    found = OnnxGraph.of(hand_made(tmp_path, nodes, {"w": WEIGHT}, opset=13))
+    quantization = static(found, X, (4, 8))
+    rounded = found.rounded(quantization)
+    assert [item.version for item in rounded.model.opset_import if item.domain == ""] == [21]
+    assert torch.equal(rounded.layers({"w": 4})["w"].codes, quantization.weights["w"].codes)
+    assert rounded.run(X)[0].shape == (3, 4, 1, 1)
+
+
+def test_what_is_stored_may_be_listed_as_an_input(tmp_path):
+    path = hand_made(tmp_path, [conv()], {"w": WEIGHT})
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, WEIGHT.shape))
+    onnx.save(model, path)
+    found = OnnxGraph.of(path)
+    rounded = found.rounded(static(found, X))
+    assert [item.name for item in rounded.inputs] == ["x"]
+    assert sqnr(found.run(X)[0], rounded.run(X)[0]) > 30
+
+
+@pytest.mark.parametrize("value", [{"value_float": 6.0}, {"value": numpy_helper.from_array(np.float32(6))}], ids=["float", "tensor"])
+def test_bounds_of_a_clip_in_constant_nodes(tmp_path, value):
+    nodes = [
+        helper.make_node("Constant", [], ["low"], value_float=0.0),
+        helper.make_node("Constant", [], ["high"], **value),
+        helper.make_node("Clip", ["x", "low", "high"], ["y"]),
+    ]
+    (op,) = OnnxGraph.of(hand_made(tmp_path, nodes)).ops
+    assert (op.kind, op.low, op.high) == ("clip", 0.0, 6.0)
+
+
 def test_a_norm_is_a_layer_too(tmp_path):
     nodes = [helper.make_node("LayerNormalization", ["x", "norm.weight", "norm.bias"], ["y"])]
     path = hand_made(tmp_path, nodes, {"norm.weight": np.ones(4), "norm.bias": np.zeros(4)}, shape=("batch", 4))

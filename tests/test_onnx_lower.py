@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import runpy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_graphs import dynamic, encoder, residual, static
 
 from qhub.errors import Unsupported
 from qhub.graph.onnx_lower import OnnxOptions, open_program, write_onnx
 from qhub.graph.onnx_passes import OPENVINO, TENSORRT, OnnxStyle
 from qhub.graph.onnx_stored import DIGEST, read_onnx_layers
+from qhub.graph.torch_graph import TorchGraph
+from qhub.graph.values import GraphInput
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch calls it itself, when a program is copied
+ASSETS = Path(__file__).parent.parent.parent / "shared" / "assets"
 NETWORKS = {"image": functools.cache(residual), "text": functools.cache(encoder)}
 
 
@@ -208,3 +214,50 @@ def test_a_saved_program_is_written_as_the_graph_it_came_from(tmp_path, written)
     )
     write_onnx(tmp_path / "model.pt2", tmp_path / "a.onnx")
     assert np.array_equal(run(tmp_path / "a.onnx", batch), run(path, batch))
+
+
+def test_an_operation_that_onnx_does_not_have_is_named(tmp_path):
+    class Bessel(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    graph = TorchGraph.of(Bessel(), (GraphInput("x", (-1, 4), "float32"),), ("y",))
+    with pytest.raises(Unsupported, match=r"torch cannot write the network as ONNX: .*bessel_j0"):
+        write_onnx(graph, tmp_path / "model.onnx")
+
+
+def test_asymmetric_weights_are_kept_and_refused_for_tensorrt(tmp_path):
+    graph, batch = residual()
+    quantization = static(graph, batch, symmetric=True)
+    tensor = quantization.weights["third"]
+    quantization.weights["third"] = replace(tensor, zero=tensor.zero - 3, symmetric=False)
+    write_onnx(graph.rounded(quantization), tmp_path / "model.onnx")
+    assert_same_codes(tmp_path / "model.onnx", quantization)
+    with pytest.raises(Unsupported, match="the weight of `third` has zeros besides 128"):
+        write_onnx(graph.rounded(quantization), tmp_path / "model.onnx", OnnxOptions(TENSORRT))
+
+
+def test_a_real_network_keeps_its_accuracy_in_the_engine(tmp_path):
+    """ResNet-20 for CIFAR-10, min-max ranges: the engine answers as the rounded program does."""
+    folder = ASSETS / "resnet-cifar10"
+    if not (folder / "resnet20.safetensors").is_file():
+        pytest.skip(f"{folder} is not there")
+    graph, images, labels = resnet20(folder)
+    batch = {"image": images[:200]}
+    quantization = static(graph, batch)
+    write_onnx(graph.rounded(quantization), tmp_path / "model.onnx")
+    answers = run(tmp_path / "model.onnx", batch).argmax(1)
+    assert (answers == labels[:200]).mean() > 0.88
+    assert (answers == graph.rounded(quantization).run(batch)[0].argmax(1).numpy()).mean() > 0.98
+    assert fused(tmp_path / "model.onnx")["QLinearConv"] == 19
+
+
+def resnet20(folder: Path) -> tuple[TorchGraph, np.ndarray, np.ndarray]:
+    """The network, test images as it takes them, and their labels."""
+    namespace = runpy.run_path(str(folder / "resnet20.py"))
+    model = namespace["resnet20"]()
+    model.load_state_dict(load_file(folder / "resnet20.safetensors"))
+    data = np.load(folder.parent / "cifar10" / "cifar10_subset.npz")
+    mean, std = (np.asarray(namespace[name], np.float32) for name in ("MEAN", "STD"))
+    images = ((data["test_x"].astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2).copy()
+    return TorchGraph.of(model, (GraphInput("image", (-1, 3, 32, 32), "float32"),), ("logits",)), images, data["test_y"]

@@ -22,9 +22,13 @@ class OnnxEditor:
         self.nodes: list[NodeProto] = list(model.graph.node)
         self.stored: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
         self.outputs = [value.name for value in model.graph.output]
-        for node in self.nodes:
-            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-                self.stored.setdefault(node.output[0], node.attribute[0].t)
+        listed = [value for value in model.graph.input if value.name not in self.stored]  # old files list what they store too
+        del model.graph.input[:]
+        model.graph.input.extend(listed)
+        for node in (node for node in self.nodes if node.op_type == "Constant"):
+            tensor = _constant(node)
+            if tensor is not None:
+                self.stored.setdefault(node.output[0], tensor)
         self._made: dict[str, NodeProto] = {name: node for node in self.nodes for name in node.output}
         self._names = set(self._made) | set(self.stored) | {value.name for value in model.graph.input}
 
@@ -108,6 +112,15 @@ class OnnxEditor:
         graph.node.extend(nodes)
         graph.initializer.extend(tensors)
         return self.model
+
+
+def _constant(node: NodeProto) -> TensorProto | None:
+    """What a Constant node holds; None for texts and sparse tensors."""
+    ((name, value),) = attributes(node).items()
+    if name == "value":
+        return value if isinstance(value, TensorProto) else None
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    return numpy_helper.from_array(np.asarray(value, kinds[name])) if name in kinds else None
 
 
 def _inner(node: NodeProto) -> Iterable[str]:

@@ -15,7 +15,7 @@ from onnx import helper
 from qhub.errors import DamagedModelError
 from qhub.graph.onnx_edit import Array, OnnxEditor
 from qhub.graph.onnx_lower import OnnxOptions, save_onnx
-from qhub.graph.onnx_open import check_float, open_onnx
+from qhub.graph.onnx_open import check_float, open_onnx, upgraded
 from qhub.graph.onnx_ops import Place, fold, operations, places
 from qhub.graph.onnx_passes import ONNXRUNTIME, lower
 from qhub.graph.onnx_round import cast_weight, replace_layer, round_tensor, round_weight
@@ -130,7 +130,8 @@ class OnnxGraph:
 
     def rounded(self, quantization: Quantization) -> OnnxGraph:
         """The network with quantize and dequantize operations, in the form that onnxruntime computes in integers."""
-        source = self.with_layers({layer: (self.weight(layer), bias) for layer, bias in quantization.biases.items()})
+        wanted = self._with_int4() if any(tensor.bits == 4 for tensor in quantization.weights.values()) else self
+        source = wanted.with_layers({layer: (self.weight(layer), bias) for layer, bias in quantization.biases.items()})
         editor, found = source._copied()
         reading = {op.name: [place.node for name, place in found.items() if name == op.name] for op in source.ops}
         makers = {node.output[0]: node for node in editor.nodes}
@@ -148,6 +149,10 @@ class OnnxGraph:
                 round_weight(editor, place, stored[place.layer])
         lower(editor, stored, ONNXRUNTIME)
         return OnnxGraph(editor.finish(), self.path, stored)
+
+    def _with_int4(self) -> OnnxGraph:
+        """The model at the first opset that has 4-bit integers."""
+        return OnnxGraph(upgraded(self.model, self.path, 21, 21), self.path)
 
     @cached_property
     def _editor(self) -> OnnxEditor:

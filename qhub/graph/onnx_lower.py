@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import torch
 from onnxscript import opset20 as op
 from torch import fx
 
-from qhub.errors import QhubError
+from qhub.errors import QhubError, Unsupported
 from qhub.graph.onnx_edit import OnnxEditor
 from qhub.graph.onnx_passes import ONNXRUNTIME, OnnxStyle, lower, store_layer
 from qhub.graph.onnx_stored import StoredLayer, describe
@@ -47,7 +48,8 @@ class OnnxOptions:
 def write_onnx(program: Path | TorchGraph, out: Path, options: OnnxOptions = OnnxOptions()) -> None:
     """Write the program (a `model.pt2`, its `qhub.json` beside it) as the ONNX file `out`; one without rounding stays float.
 
-    :raises QhubError: when torch cannot express one of its operations in ONNX, or what was written is no valid model.
+    :raises Unsupported: when torch cannot express one of its operations in ONNX, or the engine does not take how it is rounded.
+    :raises QhubError: when what was written is no valid model.
     """
     graph = program if isinstance(program, TorchGraph) else open_program(program)
     float_graph, layers, places = _without_rows(graph)
@@ -134,17 +136,22 @@ def _stored(module: fx.GraphModule, node: fx.Node, *, dynamic: bool) -> StoredLa
 
 
 def _exported(graph: TorchGraph) -> onnx.ModelProto:
-    with quiet_export():
-        program = torch.onnx.export(
-            export(graph.module, graph.inputs),
-            (),
-            dynamo=True,
-            verbose=False,
-            input_names=[item.name for item in graph.inputs],
-            output_names=list(graph.outputs),
-            opset_version=OPSET,
-            custom_translation_table=_TRANSLATIONS,
-        )
+    try:
+        with quiet_export():
+            program = torch.onnx.export(
+                export(graph.module, graph.inputs),
+                (),
+                dynamo=True,
+                verbose=False,
+                input_names=[item.name for item in graph.inputs],
+                output_names=list(graph.outputs),
+                opset_version=OPSET,
+                custom_translation_table=_TRANSLATIONS,
+            )
+    except Exception as error:
+        if os.environ.get("QHUB_TRACEBACK"):
+            raise
+        raise Unsupported(f"torch cannot write the network as ONNX: {_reason(error)}", hint="give the network as an .onnx file") from error
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     for node in model.graph.node:
@@ -152,6 +159,13 @@ def _exported(graph: TorchGraph) -> onnx.ModelProto:
     for value in (*model.graph.input, *model.graph.output):
         del value.metadata_props[:]
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause: what is around it says how the exporter came there."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ def open_onnx(path: Path) -> onnx.ModelProto:
     for node in model.graph.node:
         _check_operator(node, model, path)
     _check_complete(model, path)
-    return _upgraded(model, path)
+    return upgraded(model, path, OLDEST, 17)
 
 
 def check_float(model: onnx.ModelProto, path: Path) -> None:
@@ -125,15 +125,18 @@ def _check_complete(model: onnx.ModelProto, path: Path) -> None:
             raise DamagedModelError(f"`{path}`: nothing makes its output `{value.name}`", hint=_AGAIN)
 
 
-def _upgraded(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The model at opset 13 or later."""
+def upgraded(model: onnx.ModelProto, path: Path, oldest: int, target: int) -> onnx.ModelProto:
+    """The model as it is if its opset is at least `oldest`, else brought to `target`.
+
+    :raises Unsupported: when onnx cannot convert one of its operators.
+    """
     item = next(item for item in model.opset_import if item.domain in _STANDARD)
-    if item.version >= OLDEST:
+    if item.version >= oldest:
         return model
     try:
-        converted: onnx.ModelProto = onnx.version_converter.convert_version(model, 17)
+        converted: onnx.ModelProto = onnx.version_converter.convert_version(model, target)
     except Exception as error:  # noqa: BLE001 - the converter raises plain RuntimeErrors and others
         first = " ".join(str(error).split())[:200]
-        message = f"`{path}` uses opset `{item.version}`, and cannot be brought to 13: {first}"
-        raise Unsupported(message, hint="export the model again with opset 20") from None
+        message = f"`{path}` uses opset `{item.version}`, and cannot be brought to {target}: {first}"
+        raise Unsupported(message, hint=f"export the model again with opset {target}") from None
     return converted

@@ -56,7 +56,7 @@ def lower(editor: OnnxEditor, layers: Mapping[str, StoredLayer], style: OnnxStyl
         if stored.dynamic and style.dynamic != "engine":
             _LOWER_DYNAMIC[style.dynamic](editor, layer, stored)
     if style.activations == "int8":
-        _signed(editor)
+        _signed(editor, layers)
     if style.bias == "int32":
         _round_biases(editor)
     _pack_int4(editor, layers, style)
@@ -238,8 +238,11 @@ def _dynamic_blocks(editor: OnnxEditor, layer: str, stored: StoredLayer) -> None
 _LOWER_DYNAMIC = {"tensor": _dynamic_tensor, "blocks": _dynamic_blocks}
 
 
-def _signed(editor: OnnxEditor) -> None:
+def _signed(editor: OnnxEditor, layers: Mapping[str, StoredLayer]) -> None:
     """Codes of activations less 128: int8 with a zero of 0."""
+    for layer in (layer for layer, stored in layers.items() if not stored.symmetric):
+        message = f"the weight of `{layer}` has zeros besides {1 << (layers[layer].bits - 1)}; this engine takes symmetric ones"
+        raise Unsupported(message, hint="quantize with symmetric weights")
     for node in [node for node in editor.nodes if node.op_type == "QuantizeLinear"]:
         zero = editor.constant(node.input[2])
         if zero is None or zero.dtype != np.uint8:

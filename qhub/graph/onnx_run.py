@@ -43,9 +43,16 @@ class OnnxRunner:
         try:
             return tuple(self._session.run(self._names, feed))
         except Exception as error:  # noqa: BLE001 - onnxruntime raises a class per status
-            raise QhubError(
-                f"`{self._path}` cannot be run: {_said(error)}", hint="check the shapes of the data against the model"
-            ) from None
+            said = _said(self._plain_failure(feed) or error)
+            raise QhubError(f"`{self._path}` cannot be run: {said}", hint="check the shapes of the data against the model") from None
+
+    def _plain_failure(self, feed: Mapping[str, NDArray[Any]]) -> Exception | None:
+        """The same failure from the model as it is: onnxruntime's own rewriting changes the names of nodes."""
+        try:
+            open_session(self._model, self._path, plain=True).run(self._names, feed)
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises a class per status
+            return error
+        return None
 
     def _fitting(self, item: GraphInput, batch: Batch) -> NDArray[Any]:
         if item.name not in batch:
