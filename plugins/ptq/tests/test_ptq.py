@@ -12,6 +12,8 @@ from qhub_ptq.plan import plan_of
 from qhub_ptq.plugin import Ptq, qhub_quantizers
 
 from qhub import QhubError, Quantizer, Scheme, Target, UsageError
+from qhub.plugins import Plugins
+from qhub.route.ways import Wanted, methods
 from qhub.testing.declared import example_profile
 
 #: scheme → the largest relative change of the outputs.
@@ -250,3 +252,13 @@ def test_it_serves_three_families():
 def test_the_plugin_is_described_without_torch():
     code = "import sys; from qhub_ptq.plugin import qhub_quantizers; qhub_quantizers(); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("family", ["static", "dynamic", "float16"])
+def test_a_route_of_each_of_its_families_finds_it(family, monkeypatch):
+    monkeypatch.setenv("QHUB_PLUGINS", "ptq")
+    plugins = Plugins.load()
+    if "ptq" not in plugins.quantizers:
+        pytest.skip("`qhub-ptq` is not installed")
+    assert [method.name for method in methods(plugins, family, Wanted())] == ["ptq"]
+    assert methods(plugins, "weight-only", Wanted()) == []
