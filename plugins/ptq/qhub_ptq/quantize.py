@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qhub import Graph, GraphJob, GraphResult, QhubError, Quantization
+from qhub import Batch, Graph, GraphJob, GraphResult, QhubError, Quantization
 from qhub_ptq.calibration import Calibration
 from qhub_ptq.dynamic import read_dynamic, round_dynamic
 from qhub_ptq.fallback import within_goal
@@ -16,7 +16,7 @@ from qhub_ptq.plan import Plan, plan_of
 from qhub_ptq.scaling import Rounding, scaled
 from qhub_ptq.static import read_static, round_static
 
-_JUDGED = 4  # batches
+_JUDGED = 128  # items
 _UNCHANGED = 1e-8  # squared relative change of the float outputs that scaling channels may make
 _CASTS = {"fp16": "float16", "bf16": "bfloat16"}
 
@@ -34,11 +34,21 @@ def quantize(job: GraphJob, options: Mapping[str, Any]) -> GraphResult:
     batches = list(job.calibration())
     if not batches and job.scheme.activation == "static":
         raise QhubError("static rounding needs calibration items, and there are none", hint="give some with `--calib`")
-    data = Calibration(batches, Settings.of(options, job.target), Judge.of(job.graph, batches[:_JUDGED]))
+    data = Calibration(batches, Settings.of(options, job.target), Judge.of(job.graph, _first(batches)))
     graph, quantization = _rounded(job.graph, plan, data, is_dynamic=job.scheme.activation == "dynamic")
     quantization, kept = within_goal(job, graph, quantization, data)
     casts = {layer: "float16" for layer in kept if layer in plan.layers}
     return GraphResult(graph, replace(quantization, casts=casts), {**notes, **kept})
+
+
+def _first(batches: Sequence[Batch]) -> list[Batch]:
+    """As many of the batches as it takes for the items to judge on."""
+    found, items = [], 0
+    for batch in batches:
+        if items < _JUDGED:
+            found.append(batch)
+            items += len(next(iter(batch.values())))
+    return found
 
 
 def _rounded(graph: Graph, plan: Plan, data: Calibration, *, is_dynamic: bool) -> tuple[Graph, Quantization]:

@@ -11,6 +11,7 @@ from qhub_ptq.feedback import best_weight, round_with_feedback
 from qhub_ptq.moments import Moments
 
 _HALVES_PRODUCTS = 63 / 127  # of reduced range: two products of 8 bits then fit into 16
+_ENOUGH = 4  # rows of inputs for each column: with fewer, other weights would fit what chance says
 
 
 def round_weight(weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None, *, reduce_range: bool = False) -> QTensor:
@@ -32,19 +33,14 @@ def round_for_inputs(weight: torch.Tensor, bits: int, moments: Moments) -> QTens
     """weight (N, …) → codes (N, K) of least output error on the inputs that `moments` describes."""
     assert moments.gram is not None
     assert moments.cross is not None
-    groups = len(moments.gram)
+    groups, inputs = moments.gram.shape[:2]
     parts = []
     for index, rows in enumerate(weight.reshape(len(weight), -1).chunk(groups)):
-        parts.append(_round_group(rows, bits, moments.gram[index] / moments.rows, moments.cross[index] / moments.rows))
+        gram, cross = moments.gram[index] / moments.rows, moments.cross[index] / moments.rows
+        wanted = best_weight(rows, gram, cross) if moments.rows >= _ENOUGH * inputs else rows
+        parts.append(round_with_feedback(wanted, round_weight(wanted, bits, gram.diagonal()), gram))
     codes, scale, zero = (torch.cat(every) for every in zip(*((one.codes, one.scale, one.zero) for one in parts), strict=True))
     return QTensor(codes, scale, zero, bits, True)
-
-
-def _round_group(rows: torch.Tensor, bits: int, gram: torch.Tensor, cross: torch.Tensor) -> QTensor:
-    """rows (N, K) that read the same inputs."""
-    wanted = best_weight(rows, gram, cross)
-    plain = round_weight(wanted, bits, gram.diagonal())
-    return round_with_feedback(wanted, plain, gram)
 
 
 def real(weight: torch.Tensor, tensor: QTensor) -> torch.Tensor:

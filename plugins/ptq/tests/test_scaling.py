@@ -103,7 +103,7 @@ def test_a_smoothed_norm_rounds_better(scheme):
     graph, batches = graph_of(Normed(), ROWS), rows()
     made = {choice: Ptq(smooth=choice).quantize_graph(job_for(graph, batches, scheme)) for choice in ("auto", "off")}
     errors = {choice: error(graph, result.graph.rounded(result.quantization), rows(seed=9)) for choice, result in made.items()}
-    assert errors["auto"] < 0.95 * errors["off"]
+    assert errors["auto"] < 0.7 * errors["off"]
     assert error(graph, made["auto"].graph, batches) < 1e-4
 
 
