@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qhub.feeding import BATCH, Feed, feed, vocabulary_of
 from qhub.graph.sources import EMBEDDING, Source, open_graph
 from qhub.graph.store import QuantizedGraph, copy_companions, write_graph
 from qhub.graph.values import Batch, Quantization
-from qhub.interfaces import Exporter, Graph, GraphJob, GraphQuantizer, GraphResult, Runtime
+from qhub.interfaces import Exporter, Graph, GraphJob, GraphQuantizer, GraphResult, GraphSession, Runtime
 from qhub.plugins import Plugins
 from qhub.prove.artifact import check_artifact
 from qhub.prove.bench import measure_apart
@@ -101,8 +102,7 @@ class _Judge:
         """Accuracy drop in percent of the float network's."""
         if self.expected is None:
             self.expected = [self.graph.run(batch)[0].numpy() for batch in self.feed.batches()]
-        pairs = zip(self.expected, (rounded.run(batch)[0].numpy() for batch in self.feed.batches()), strict=True)
-        return compare(pairs, self.feed.labels() if self.feed.has_labels else None, embedding=_is_embedding(self.graph)).drop_pct
+        return _compared(self.expected, lambda batch: rounded.run(batch)[0].numpy(), self.graph, self.feed).drop_pct
 
 
 def _is_embedding(graph: Graph) -> bool:
@@ -207,35 +207,46 @@ def export_float(graph: Graph, recipe: Recipe, exporter: Exporter, folder: Path)
     return out
 
 
-def evaluate(run: RunDir, recipe: Recipe, events: Events) -> None:
-    """Measure the float and the quantized network on the same items."""
+def evaluate(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
+    """Measure the float and the quantized network on the same items, and each artifact in its engine."""
     if recipe.evaluation is None:
         raise QhubError("the recipe names no evaluation data", hint="give them with `--eval`")
     found = feed(recipe, recipe.evaluation)
     _warn_of_ranges(recipe, found, events)
     graph, quantized = float_graph(run, recipe, found), QuantizedGraph.open(run.quantized).graph()
-    made = measure(graph, quantized, found.into(graph.inputs))
-    run.write(
-        "work/evaluation.json",
-        {
-            "metric": made.metric,
-            "items": found.dataset.count,
-            "float": _figures(made, quantized=False),
-            "quantized": _figures(made, quantized=True),
-        },
-    )
+    found = found.into(graph.inputs)
+    expected = [graph.run(batch)[0].numpy() for batch in found.batches()]
+    made = _compared(expected, lambda batch: quantized.run(batch)[0].numpy(), graph, found)
+    artifacts = {path: made.figures.accuracy for path, made in _in_engines(run, recipe, plugins, expected, graph, found)}
+    figures = {"float": _figures(made, quantized=False), "quantized": _figures(made, quantized=True)}
+    run.write("work/evaluation.json", {"metric": made.metric, "items": found.dataset.count, **figures, "artifacts": artifacts})
 
 
-def measure(graph: Graph, quantized: Graph, found: Feed) -> Comparison:
-    """Both networks on all items of the data."""
-    return compare(
-        _outputs(graph, quantized, found.batches()), found.labels() if found.has_labels else None, embedding=_is_embedding(graph)
-    )
+def _compared(expected: Sequence[Any], run: Callable[[Batch], Any], graph: Graph, found: Feed) -> Comparison:
+    pairs = zip(expected, (run(batch) for batch in found.batches()), strict=True)
+    return compare(pairs, found.labels() if found.has_labels else None, embedding=_is_embedding(graph))
 
 
-def _outputs(graph: Graph, quantized: Graph, batches: Iterator[Batch]) -> Iterator[tuple[Any, Any]]:
-    for batch in batches:
-        yield graph.run(batch)[0].numpy(), quantized.run(batch)[0].numpy()
+def _first(session: GraphSession, batch: Batch) -> Any:  # noqa: ANN401 - an array
+    return session.run(batch)[0]
+
+
+def _in_engines(
+    run: RunDir, recipe: Recipe, plugins: Plugins, expected: Sequence[Any], graph: Graph, found: Feed
+) -> Iterator[tuple[str, Comparison]]:
+    """Each artifact that something here opens, measured there on all items."""
+    from qhub.stage import runtime_for
+
+    parity = run.read("work/parity.json")
+    for artifact in run.read("work/artifacts.json"):
+        path = artifact["path"]
+        if not parity[path]["checked"]:
+            continue
+        session = runtime_for(recipe, artifact["format"], plugins).open_graph(run.path / path)
+        try:
+            yield path, _compared(expected, partial(_first, session), graph, found)
+        finally:
+            session.close()
 
 
 def _figures(made: Comparison, *, quantized: bool) -> dict[str, Any]:

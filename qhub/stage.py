@@ -145,7 +145,7 @@ def evaluate(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> N
     if is_graph(run.quantized):
         from qhub import networks
 
-        networks.evaluate(run, recipe, events)
+        networks.evaluate(run, recipe, plugins, events)
         return
     import torch
 

@@ -515,7 +515,8 @@ def test_a_device_without_3_bit_kernels_is_not_asked_for_them():
         ("hub", "the weights are not here: `hf download m` before `qhub run`"),
         (
             "tflite",
-            "`qhub run` starts from a Hugging Face folder, a .pt2 or an .onnx file; `qhub-tflite` (planned, not published yet) would read tflite",
+            "`qhub run` starts from a Hugging Face folder, a .pt2 or an .onnx file; "
+            "`qhub-tflite` (planned, not published yet) would read tflite",
         ),
     ],
 )

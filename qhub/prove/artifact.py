@@ -40,7 +40,13 @@ def check_artifact(
         f"opened with `{runtime.name}`; {count} items: largest difference {max(differences):.2g} of a span of {span:.3g}, "
         f"same first answer {100 * float(agreed.mean()):.1f} %{codes}"
     )
-    return {"checked": True, "max_abs_diff": max(differences), "codes_identical": identical, "how": how}
+    return {
+        "checked": True,
+        "max_abs_diff": max(differences),
+        "codes_identical": identical,
+        "how": how,
+        "top1_agreement": float(agreed.mean()),
+    }
 
 
 def _compare_codes(quantized: QuantizedGraph, artifact: Path, exporter: Exporter) -> bool | None:

@@ -30,7 +30,8 @@ def assemble(
     measured = found["evaluation"]
     drop = drop_pct(measured["float"]["accuracy"], measured["quantized"]["accuracy"])
     result = QuantizedResult(bytes=held.bytes, bits_per_weight=held.bits_per_weight, drop_pct=drop, **measured["quantized"])
-    artifacts = tuple(_artifact(item, found["parity"]) for item in found["artifacts"])
+    accuracies = measured.get("artifacts", {})
+    artifacts = tuple(_artifact(item, found["parity"], accuracies.get(item["path"])) for item in found["artifacts"])
     stages = _stages(events)
     return Report(
         recipe_digest=recipe_digest,
@@ -73,9 +74,9 @@ def _baseline(measured: Mapping[str, Any], result: QuantizedResult) -> BaselineR
     return BaselineResult(method="rtn", bytes=result.bytes, bits_per_weight=result.bits_per_weight, drop_pct=drop, **measured["baseline"])
 
 
-def _artifact(item: Mapping[str, Any], parity: Mapping[str, Any]) -> ArtifactResult:
+def _artifact(item: Mapping[str, Any], parity: Mapping[str, Any], accuracy: float | None) -> ArtifactResult:
     check = parity.get(item["path"], {"checked": False})
-    return ArtifactResult(item["format"], item["path"], item["bytes"], item["sha256"], Parity(**check))
+    return ArtifactResult(item["format"], item["path"], item["bytes"], item["sha256"], Parity(**check), accuracy)
 
 
 def _stages(events: Sequence[Mapping[str, Any]]) -> tuple[StageResult, ...]:

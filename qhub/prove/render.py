@@ -144,6 +144,8 @@ def _artifact_rows(report: Report) -> tuple[tuple[str, ...], ...]:
             said.append(f"largest difference {parity.max_abs_diff:.2g}")
         if parity.top1_agreement is not None:
             said.append(f"same top-1 {100 * parity.top1_agreement:.4g} %")
+        if artifact.accuracy is not None:
+            said.append(f"{report.metric.replace('_', ' ')} there {100 * artifact.accuracy:.2f} %")
         rows.append((artifact.format, human_bytes(artifact.bytes), ", ".join(said) if parity.checked and said else "not checked"))
     return tuple(rows)
 

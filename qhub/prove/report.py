@@ -83,6 +83,7 @@ class ArtifactResult:
     bytes: int
     sha256: str
     parity: Parity = field(default_factory=lambda: Parity(checked=False))
+    accuracy: float | None = None  # of a network, measured in the engine that opens it
 
 
 @dataclass(frozen=True)
