@@ -407,7 +407,7 @@ def test_a_family_that_nobody_serves_says_what_to_install():
     route = first(RESNET, TARGETS["apple-m4"])
     assert (route.method, route.scheme, route.family, route.exporter) == ("ptq", "w8a8-static", "static", None)
     assert route.missing == ("qhub-ptq", "qhub-coreml", "qhub-onnxruntime")
-    assert route.warnings[0] == "no installed plugin serves `static`: `qhub-ptq` (planned, not published yet) would"
+    assert route.warnings[0] == "no installed plugin serves `static`: `qhub-ptq` would"
 
 
 def test_without_plugins_the_route_says_what_to_install():

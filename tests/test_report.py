@@ -60,7 +60,9 @@ def test_report_json_has_the_fields_of_the_contract():
     data = REPORT.to_json()
     assert [name for name in CONTRACT if name not in data] == []
     assert data["float"] == {"bytes": 6_000_000, "accuracy": 0.5, "perplexity": 10.0}
-    assert set(data["quantized"]) == {"bytes", "bits_per_weight", "accuracy", "perplexity", "drop_pct", "kl", "top1_agreement"}
+    assert set(data["quantized"]) == {
+        "bytes", "bits_per_weight", "accuracy", "perplexity", "drop_pct", "kl", "top1_agreement", "cosine",
+    }  # fmt: skip
     assert data["baseline"] == {
         **data["quantized"],
         "method": "rtn",
