@@ -26,7 +26,7 @@ from qhub.route.recipe import Choices, from_yaml, make_recipe, to_yaml
 from qhub.route.recommend import named, recommend
 from qhub.route.registry import find_target, load_registry
 from qhub.route.ways import read_wanted
-from qhub.rundir import EXPECTED, RECIPE, STATE, RunDir, Settings, locked
+from qhub.rundir import EXPECTED, RECIPE, STATE, WALKED, RunDir, Settings, locked
 from qhub.stage import STAGES
 from qhub.types import FLOAT, Goals, ModelProfile, ModelSource, Recipe, Route, Scheme, as_json
 
@@ -333,6 +333,7 @@ def run(found: Plan, plugins: Plugins, events: Events, *, resume: bool = False) 
             if "report" not in directory.done and not (directory.path / EXPECTED).exists():
                 directory.work.mkdir(exist_ok=True)
                 directory.write(EXPECTED, as_json(found.expected))
+                directory.write(WALKED, as_json(found.route.path))
             for name in STAGES:
                 if name not in directory.done:
                     directory = execute_at_home(name, directory, plugins, events)

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-FILE = "qat.safetensors"
+FILE = "checkpoint.safetensors"  # a run that has one can be resumed
 
 
 def write(work: Path, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from qhub import UsageError
 class Settings:
     """How a network is trained; `lr` 0 is chosen by the bits."""
 
-    epochs: int = 15
+    epochs: int = 10
     lr: float = 0.0
     rounds: int = 3
     batch: int = 64

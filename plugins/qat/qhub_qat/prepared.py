@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,7 +27,7 @@ class Prepared(nn.Module):
         self.graph, self.plan = graph, plan
         self.weight_steps = {layer: WeightStep(scales[layer], scheme.weight_bits) for layer, scheme in plan.schemes.items()}
         self.activation_steps = {tensor: ActivationStep(grid.scale, grid.zero, grid.bits) for tensor, grid in grids.items()}
-        self.network = copy.deepcopy(graph.module)
+        self.network = graph.with_layers({}).module
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
         self._add_steps()

@@ -18,7 +18,7 @@ from qhub_qat.teacher import Score, Teacher, by_channels_last
 from qhub_qat.train import Course, Progress, Round, Trainer, put_state, starting_with, state_of
 
 _FIRST_LOOK = 8  # batches that the ranges begin with
-_RATES = ((4, 1e-3), (8, 1e-4))  # weights or tensors of at most so many bits → learning rate
+_RATES = ((4, 1e-4), (8, 1e-5))  # weights or tensors of at most so many bits → learning rate
 #: What each round changes, in turn: learning rate, epochs, share of the labels, each times so much.
 _ADJUSTMENTS = ((1.0, 1, 1.0), (1 / 3, 1, 0.0), (2.0, 2, 1.0))
 

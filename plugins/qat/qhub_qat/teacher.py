@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ class Teacher:
     """The float network, and what it makes of the items that are held back."""
 
     def __init__(self, graph: TorchGraph, held: Items, batch: int) -> None:
-        self.network = by_channels_last(copy.deepcopy(graph.module))
+        self.network = by_channels_last(graph.with_layers({}).module)
         self.embedding = graph.outputs[0] == EMBEDDING
         with torch.no_grad():
             self.held = [(part, self(part[0])) for part in held.batches(batch)]
