@@ -109,12 +109,12 @@ class Trainer:
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what `save` left."""
         put_state(self.prepared, starting_with(tensors, "now."))
-        known = self.optimizer.state_dict()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         states: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in starting_with(tensors, "optimizer.").items():
             index, _, what = name.partition(".")
-            states.setdefault(int(index), {})[what] = value
-        self.optimizer.load_state_dict({**known, "state": states})
+            states.setdefault(int(index), {})[what] = _laid_out_as(parameters[int(index)], value)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
 
     def _epoch(self, epoch: int) -> None:
         order = torch.Generator().manual_seed(self.course.seed * 1_000_003 + self.parameters.index * 10_007 + epoch)
@@ -143,6 +143,11 @@ class Trainer:
 def starting_with(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _laid_out_as(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The value in the memory layout of its parameter: the fused optimizer goes through both side by side."""
+    return torch.empty_like(parameter).copy_(value) if parameter.shape == value.shape and parameter.dim() else value
 
 
 def _groups(prepared: Prepared, lr: float) -> list[dict[str, Any]]:

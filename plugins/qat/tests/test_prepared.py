@@ -151,5 +151,5 @@ def test_inputs_that_are_not_finite_are_refused():
 
 def test_the_module_offers_three_functions_and_nothing_else():
     assert sorted(qhub_qat.__all__) == ["finish", "prepare", "save"]
-    with pytest.raises(AttributeError, match="has no attribute `train`"):
-        qhub_qat.train  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute `fit`"):
+        qhub_qat.fit  # noqa: B018

@@ -16,7 +16,7 @@ from qhub_qat.train import Round
 from qhub import GraphInput, QhubError, Scheme, Unsupported, UsageError
 from qhub.testing.declared import example_profile
 
-FAST = {"epochs": 3, "lr": 2e-3, "batch": 16, "rounds": 1}
+FAST = {"epochs": 3, "lr": 1e-3, "batch": 16, "rounds": 1, "edges": "same"}
 
 
 def told_distances(told):
@@ -35,7 +35,7 @@ def same(one, other):
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "no labels"])
 def test_training_comes_closer_to_the_float_network(tmp_path, labels):
     job, told = job_for(tmp_path, labels=labels)
-    Qat(**{**FAST, "epochs": 8, "edges": "same"}).quantize_graph(job)
+    Qat(**{**FAST, "epochs": 8, "patience": 8}).quantize_graph(job)
     distances = told_distances(told)
     assert len(distances) == 8
     assert min(distances) < 0.7 * distances[0]
@@ -44,10 +44,10 @@ def test_training_comes_closer_to_the_float_network(tmp_path, labels):
 def test_the_best_epoch_is_kept_not_the_last(tmp_path):
     job, told = job_for(tmp_path)
     result = Qat(**{**FAST, "epochs": 6, "lr": 0.5}).quantize_graph(job)  # a rate that ruins the network
-    assert min(told_distances(told)) > 0.5
+    assert min(told_distances(told)) > 0.2
     x = next(job.calibration())
     moved_by = float((result.graph.rounded(result.quantization).run(x)[0] - job.graph.run(x)[0]).abs().mean())
-    assert moved_by < 0.5, "what training began with was better than any epoch"
+    assert moved_by < 0.3, "what training began with was better than any epoch"
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path):
@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_only_costs_time(tmp_path, damage):
 def test_a_checkpoint_of_other_options_is_not_taken(tmp_path):
     Qat(**FAST).quantize_graph(job_for(tmp_path)[0])
     job, told = job_for(tmp_path)
-    Qat(**{**FAST, "lr": 1e-3}).quantize_graph(job)
+    Qat(**{**FAST, "lr": 2e-3}).quantize_graph(job)
     assert len(told_distances(told)) == 3
 
 
@@ -128,7 +128,7 @@ def test_a_round_ends_early_when_nothing_improves(tmp_path):
 
 
 def test_first_and_last_layer_are_said_to_have_8_bits(tmp_path):
-    result = Qat(**{**FAST, "epochs": 1}).quantize_graph(job_for(tmp_path)[0])
+    result = Qat(**{**FAST, "epochs": 1, "edges": "int8"}).quantize_graph(job_for(tmp_path)[0])
     assert {layer: codes.bits for layer, codes in result.quantization.weights.items()} == {"conv1": 8, "conv2": 4, "linear": 8}
     assert all("8 bits" in result.notes[layer] for layer in ("conv1", "linear"))
     assert "conv2" not in result.notes
@@ -136,7 +136,7 @@ def test_first_and_last_layer_are_said_to_have_8_bits(tmp_path):
 
 def test_an_override_keeps_a_layer_in_float(tmp_path):
     job, _ = job_for(tmp_path, overrides={"conv2": None, "linear": Scheme.parse("w4a8-static")})
-    result = Qat(**{**FAST, "epochs": 1}).quantize_graph(job)
+    result = Qat(**{**FAST, "epochs": 1, "edges": "int8"}).quantize_graph(job)
     assert {layer: codes.bits for layer, codes in result.quantization.weights.items()} == {"conv1": 8, "linear": 4}
 
 
