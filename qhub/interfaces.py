@@ -132,8 +132,8 @@ class Block(Protocol):
 class Quantizer(Component):
     """A method. Override the finest level that the method needs; the default of each calls the next finer one.
 
-    `family` is the leaf of the flowchart that the method serves; `families` are all of them where it serves several. `needs` names the statistics to collect: "gram",
-    "shortfall", "abs_mean"; empty means that no calibration pass is run at all.
+    `family` is the leaf of the flowchart that the method serves; `families` are all of them where it serves several.
+    `needs` names the statistics to collect: "gram", "shortfall", "abs_mean"; empty means that no calibration pass is run at all.
     """
 
     family: ClassVar[Family] = "weight-only"
@@ -334,6 +334,7 @@ class GraphQuantizer(Quantizer):
     family: ClassVar[Family] = "static"
     default_scheme: ClassVar[str] = "w8a8-static"
     needs = frozenset({"items"})
+
     def quantize_graph(self, job: GraphJob) -> GraphResult:
         """Decide how the graph is rounded. Called once; must be deterministic."""
         raise NotImplementedError

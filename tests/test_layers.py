@@ -16,7 +16,10 @@ LAYERS = (
     ("interfaces", "hookspecs", "quantize.qtensor", "decoders", "graph", "data"),
     ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
-    ("history", "rundir", "texts", "preflight", "feeding", "networks", "expect", "pipeline", "stage", "worker", "isolation.apart", "convert", "reproduce"),
+    (
+        *("history", "rundir", "texts", "preflight", "feeding", "networks", "expect", "pipeline", "stage", "worker", "isolation.apart"),
+        *("convert", "reproduce"),
+    ),
     ("opening", "chat"),
     ("tune", "testing", "scaffold"),
     ("cli", "__main__"),

@@ -1,10 +1,10 @@
 """Quantization-aware training for networks that are graphs; `prepare`, `finish` and `save` are for training loops of one's own.
 
-    from qhub_qat import finish, prepare, save
+from qhub_qat import finish, prepare, save
 
-    prepared = prepare(model, {"x": images}, "w4a4-static")  # an nn.Module that is called as `model` is
-    ...  # train `prepared.parameters()`
-    save(prepared, Path("quantized"))
+prepared = prepare(model, {"x": images}, "w4a4-static")  # an nn.Module that is called as `model` is
+...  # train `prepared.parameters()`
+save(prepared, Path("quantized"))
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def _some(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """At most `_KEPT` of a tensor's numbers, evenly spread, with the extremes among them."""
     low, high = torch.aminmax(tensor)
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise QhubError(f"tensor `{name}` of the float network holds numbers that are not finite", hint="check the data and their preprocessing")
+        message = f"tensor `{name}` of the float network holds numbers that are not finite"
+        raise QhubError(message, hint="check the data and their preprocessing")
     flat = tensor.reshape(-1)
     return torch.cat([flat[:: -(-len(flat) // _KEPT)], torch.stack([low, high])])
 
@@ -58,5 +59,3 @@ def _error(values: torch.Tensor, grid: ActivationGrid) -> float:
     top = (1 << grid.bits) - 1
     rounded = ((values / grid.scale).round_().add_(grid.zero).clamp_(0, top).sub_(grid.zero)).mul_(grid.scale)
     return float(rounded.sub_(values).square_().sum())
-
-

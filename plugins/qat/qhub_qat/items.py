@@ -61,7 +61,7 @@ class Items:
 
 def _drawn(count: int, size: int, order: torch.Generator | None) -> list[torch.Tensor]:
     numbers = torch.arange(count) if order is None else torch.randperm(count, generator=order)
-    return list(numbers.split(size))
+    return list(torch.split(numbers, size))
 
 
 def _tensors(batch: Batch, names: list[str]) -> list[torch.Tensor]:

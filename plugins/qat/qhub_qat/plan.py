@@ -37,7 +37,7 @@ def plan_of(graph: Graph, scheme: Scheme, scheme_of: Callable[[str], Scheme | No
         if op.has_weight and op.layer is not None:
             layers[op.layer] = (*layers.get(op.layer, ()), op)
     chosen = {layer: scheme_of(layer) for layer in layers}
-    ends = {list(layers)[0], list(layers)[-1]} if layers and edges else set()
+    ends = {name for name in (*list(layers)[:1], *list(layers)[-1:]) if edges}
     wide = replace(scheme, weight_bits=EDGE_BITS, activation_bits=EDGE_BITS)
     raised = [layer for layer in layers if layer in ends and chosen[layer] == scheme != wide]
     schemes = {layer: wide if layer in raised else one for layer, one in chosen.items() if one is not None}

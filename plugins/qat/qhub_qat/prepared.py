@@ -49,7 +49,7 @@ class Prepared(nn.Module):
 
     def scales(self) -> list[nn.Parameter]:
         """The step sizes."""
-        return [step.scale for step in (*self.weight_steps.values(), *self.activation_steps.values())]
+        return [*(step.scale for step in self.weight_steps.values()), *(step.scale for step in self.activation_steps.values())]
 
     def others(self) -> list[nn.Parameter]:
         """All other parameters that are trained."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -78,9 +80,9 @@ def _train(prepared: Prepared, course: Course, base: Round, job: GraphJob) -> Pr
     return progress
 
 
-def _read(facts: dict[str, object], tensors: dict[str, torch.Tensor]) -> tuple[Progress, dict[str, torch.Tensor]]:
+def _read(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> tuple[Progress, dict[str, torch.Tensor]]:
     state = {name: facts[name] for name in ("round", "epoch", "idle", "tried")}
-    return Progress(starting_with(tensors, "best."), Score(**facts["score"]), **state), tensors  # type: ignore[arg-type]
+    return Progress(starting_with(tensors, "best."), Score(**facts["score"]), **state), tensors
 
 
 def _close(progress: Progress, parameters: Round, job: GraphJob) -> None:
@@ -95,5 +97,8 @@ def _close(progress: Progress, parameters: Round, job: GraphJob) -> None:
 
 
 def _told(progress: Progress) -> str:
-    rounds = [f"{one['epochs']} epochs at {one['lr']:.1e} (labels {one['labels']:g}): {one['drop_pct']:.2f} % lost" for one in progress.tried]
-    return f"batch norms folded; rounds: {'; '.join(rounds)}"
+    return f"batch norms folded; rounds: {'; '.join(map(_of_round, progress.tried))}"
+
+
+def _of_round(one: Mapping[str, Any]) -> str:
+    return f"{one['epochs']} epochs at {one['lr']:.1e} (labels {one['labels']:g}): {one['drop_pct']:.2f} % lost"

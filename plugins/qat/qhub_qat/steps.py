@@ -18,7 +18,14 @@ class _Round(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, bounds: tuple[int, int], reduce: tuple[int, ...], share: float) -> torch.Tensor:  # noqa: ANN401, E501
+    def forward(
+        ctx: Any,  # noqa: ANN401 - as torch gives it
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        bounds: tuple[int, int],
+        reduce: tuple[int, ...],
+        share: float,
+    ) -> torch.Tensor:
         v = x * (1 / scale)
         codes = v.round().clamp_(*bounds)
         ctx.save_for_backward(v, codes)
@@ -55,9 +62,7 @@ class WeightStep(nn.Module):
         """The weight as its codes will stand for it."""
         shape = (-1, *(1,) * (weight.dim() - 1))
         share = (weight[0].numel() * self.top) ** -0.5
-        made: torch.Tensor = _Round.apply(
-            weight, self.step().reshape(shape), (-self.top, self.top), tuple(range(1, weight.dim())), share
-        )  # type: ignore[no-untyped-call]
+        made: torch.Tensor = _Round.apply(weight, self.step().reshape(shape), (-self.top, self.top), tuple(range(1, weight.dim())), share)  # type: ignore[no-untyped-call]
         return made
 
 

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import qhub_qat
 import torch
 from qat_networks import pictures, trained
 from qhub_qat import finish, prepare, save
 
-import qhub_qat
 from qhub import QhubError, Recipe, UsageError
 from qhub.graph.store import QuantizedGraph
 

@@ -107,8 +107,8 @@ def test_rounds_go_on_with_other_parameters_until_their_number_is_reached(tmp_pa
 def test_one_round_is_enough_where_the_goal_is_met(tmp_path):
     job, told = job_for(tmp_path, max_drop_pct=50.0)
     Qat(**{**FAST, "rounds": 3}).quantize_graph(job)
-    assert [line for line in told if isinstance(line, str)][0].startswith("round 1 of training: accuracy valid? yes")
-    assert len([line for line in told if isinstance(line, str)]) == 1
+    (question,) = (line for line in told if isinstance(line, str))
+    assert question.startswith("round 1 of training: accuracy valid? yes")
 
 
 def test_each_round_changes_the_parameters():
