@@ -32,7 +32,11 @@ _HOMES = {
     "qhub.graph.onnx_passes": ("ONNXRUNTIME", "OPENVINO", "TENSORRT", "OnnxStyle"),
     "qhub.graph.onnx_stored": ("read_onnx_layers",),
     "qhub.graph.placement": ("place",),
+    "qhub.graph.sources": ("inputs_of",),
+    "qhub.graph.store": ("graph_facts", "write_graph"),
+    "qhub.graph.torch_graph": ("TorchGraph",),
     "qhub.graph.values": ("ActivationGrid", "Batch", "GraphInput", "Op", "Point", "Quantization"),
+    "qhub.quantize.block": ("LayerChoice",),
     "qhub.quantize.pack": ("pack", "unpack"),
     "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
     "qhub.quantize.grid": (
@@ -59,6 +63,9 @@ if TYPE_CHECKING:
     from qhub.graph.onnx_passes import ONNXRUNTIME, OPENVINO, TENSORRT, OnnxStyle
     from qhub.graph.onnx_stored import read_onnx_layers
     from qhub.graph.placement import place
+    from qhub.graph.sources import inputs_of
+    from qhub.graph.store import graph_facts, write_graph
+    from qhub.graph.torch_graph import TorchGraph
     from qhub.graph.values import ActivationGrid, Batch, GraphInput, Op, Point, Quantization
     from qhub.hookspecs import hookimpl
     from qhub.interfaces import (
@@ -80,6 +87,7 @@ if TYPE_CHECKING:
         WholeModel,
         WholeResult,
     )
+    from qhub.quantize.block import LayerChoice
     from qhub.quantize.grid import Grid, better_rows, fit_scales, minmax_grid, on_grid, pick_rows, quantize_rtn, range_grid, search_grid
     from qhub.quantize.layouts.writer import write_layout
     from qhub.quantize.linalg import compensate, lower_factor, output_loss, product, solve, turned

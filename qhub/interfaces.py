@@ -146,6 +146,8 @@ class Quantizer(Component):
     whole: ClassVar[bool] = False
     #: Whether it takes a network as a graph (`GraphQuantizer`).
     graph: ClassVar[bool] = False
+    #: How many labelled items it is given where the user does not say: few suffice for ranges, training wants what there is.
+    samples: ClassVar[int] = 512
     #: option name → default; what a recipe's `options` may set.
     options: ClassVar[Mapping[str, Any]] = {}
 

@@ -18,7 +18,7 @@ from qhub.errors import QhubError
 from qhub.events import Events, Progress
 from qhub.feeding import BATCH, Feed, feed, vocabulary_of
 from qhub.graph.sources import EMBEDDING, Source, open_graph
-from qhub.graph.store import QuantizedGraph, copy_companions, write_graph
+from qhub.graph.store import QuantizedGraph, copy_companions, graph_facts, write_graph
 from qhub.graph.values import Batch, Quantization
 from qhub.interfaces import Exporter, Graph, GraphJob, GraphQuantizer, GraphResult, GraphSession, Runtime
 from qhub.plugins import Plugins
@@ -51,7 +51,8 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, quantizer: GraphQuan
     result = quantizer.quantize_graph(_job(run, recipe, plugins, found, events))
     _check(result, recipe)
     rounded = result.graph.rounded(result.quantization)
-    write_graph(run.partial, rounded, result.quantization, _facts(recipe, result))
+    facts = {**graph_facts(result, recipe.method, recipe.scheme), "recipe_digest": digest(recipe)}
+    write_graph(run.partial, rounded, result.quantization, facts)
     copy_companions(Path(recipe.model_path), run.partial)
     if recipe.preprocess is not None:
         (run.partial / "preprocess.json").write_text(json.dumps(recipe.preprocess, indent=1) + "\n", encoding="utf-8")
@@ -117,31 +118,6 @@ def _check(result: GraphResult, recipe: Recipe) -> None:
             f"`{recipe.method}` left every layer of `{recipe.model}` in float",
             hint="allow a larger drop: `--max-drop PCT`, or use another method",
         )
-
-
-def _facts(recipe: Recipe, result: GraphResult) -> dict[str, Any]:
-    layers = [op.layer for op in result.graph.ops if op.has_weight and op.layer is not None]
-    made = result.quantization
-    return {
-        "method": recipe.method,
-        "scheme": recipe.scheme,
-        "recipe_digest": digest(recipe),
-        "layers": {layer: str(Scheme(codes.bits)) for layer, codes in made.weights.items()},
-        "float_layers": [layer for layer in dict.fromkeys(layers) if layer not in made.weights and layer not in made.casts],
-        "notes": dict(result.notes),
-        "sizes": _sizes(result.graph, made),
-    }
-
-
-def _sizes(graph: Graph, made: Quantization) -> dict[str, int]:
-    """Bytes of codes as packed, of scales, and of weights in 16 bits; and how many weights are quantized."""
-    codes = sum((one.bits * one.codes.numel() + 7) // 8 for one in made.weights.values())
-    return {
-        "weights": sum(one.codes.numel() for one in made.weights.values()),
-        "codes": codes,
-        "scales_and_zeros": sum(4 * one.scale.numel() for one in made.weights.values()),
-        "sixteen_bit": sum(2 * graph.weight(layer).numel() for layer in made.casts),
-    }
 
 
 def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:

@@ -15,6 +15,7 @@ from qhub import feeding, history, preflight, texts
 from qhub.errors import DamagedModelError, NoRouteError, QhubError, Unsupported, UsageError
 from qhub.events import Events
 from qhub.expect import Expectation, engine_of, expect, expect_speed, learned, read
+from qhub.interfaces import Quantizer
 from qhub.isolation.apart import check_apart, execute_at_home
 from qhub.plugins import Plugins, missing_modules
 from qhub.prove.report import FILE, Report, load
@@ -25,12 +26,12 @@ from qhub.route.recipe import Choices, from_yaml, make_recipe, to_yaml
 from qhub.route.recommend import named, recommend
 from qhub.route.registry import find_target, load_registry
 from qhub.route.ways import read_wanted
-from qhub.rundir import EXPECTED, RECIPE, STATE, RunDir, Settings, locked
+from qhub.rundir import EXPECTED, RECIPE, STATE, WALKED, RunDir, Settings, locked
 from qhub.stage import STAGES
 from qhub.types import FLOAT, Goals, ModelProfile, ModelSource, Recipe, Route, Scheme, as_json
 
 SAMPLES, EVALUATION_SAMPLES, SEQ_LEN = 64, 60, 512
-ITEMS, EVALUATION_ITEMS = 512, 10_000  # of labelled data
+EVALUATION_ITEMS = 10_000  # of labelled data
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ def _route(request: RunRequest, found: ModelProfile, goals: Goals, plugins: Plug
 def _choices(request: RunRequest, source: ModelSource, found: ModelProfile, route: Route, plugins: Plugins) -> Choices:
     used = distributions({*route.method.split("+"), route.exporter, route.runtime, source.name}, plugins)
     if feeding.is_network(found):
-        return _items(request, source, used, plugins)
+        count = max(plugins.quantizers[name].samples for name in route.method.split("+"))
+        return _items(replace(request, samples=request.samples or count), source, used, plugins)
     seq_len = min(request.seq_len or SEQ_LEN, found.context_length or SEQ_LEN)
     calibration_path, evaluation_path = texts.of_run(source, (request.calib, request.eval), plugins)
     needs = any(plugins.quantizers[name].needs for name in route.method.split("+"))
@@ -239,7 +241,7 @@ def _items(request: RunRequest, source: ModelSource, used: tuple[str, ...], plug
     """The choices for a network: labelled data rather than texts."""
     calibration, evaluation = feeding.data_of_run(source, (request.calib, request.eval), plugins)
     return Choices(
-        feeding.describe(calibration, request.samples or ITEMS),
+        feeding.describe(calibration, request.samples or Quantizer.samples),
         feeding.describe(evaluation, EVALUATION_ITEMS),
         dict(_overrides(request.overrides)),
         seed=request.seed,
@@ -331,6 +333,7 @@ def run(found: Plan, plugins: Plugins, events: Events, *, resume: bool = False) 
             if "report" not in directory.done and not (directory.path / EXPECTED).exists():
                 directory.work.mkdir(exist_ok=True)
                 directory.write(EXPECTED, as_json(found.expected))
+                directory.write(WALKED, as_json(found.route.path))
             for name in STAGES:
                 if name not in directory.done:
                     directory = execute_at_home(name, directory, plugins, events)

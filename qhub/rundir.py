@@ -23,6 +23,7 @@ from qhub.locks import hold
 
 RECIPE = "recipe.yaml"
 STATE = "state.json"
+WALKED = "work/path.json"  # the way through the flowchart that the run took
 EXPECTED = "work/expected.json"  # what the run was expected to take, from its beginning
 
 
@@ -75,8 +76,8 @@ class RunDir:
 
     @property
     def holds_results(self) -> bool:
-        """Whether a block, a whole model or a stage is finished: without one there is nothing that resuming would save."""
-        unfinished = (*self.work.glob("block-*.json"), *self.work.glob("whole"))
+        """Whether a block, a whole model, an epoch or a stage is finished: without one there is nothing that resuming would save."""
+        unfinished = (*self.work.glob("block-*.json"), *self.work.glob("whole"), *self.work.glob("checkpoint.*"))
         return bool(self.done) or self.quantized.exists() or bool(unfinished)
 
     @classmethod

@@ -173,7 +173,8 @@ def report(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
     from qhub.prove.assemble import assemble
     from qhub.prove.render import to_html
 
-    optional = {name: run.read(f"work/{name}.json") for name in ("expected", "bench") if (run.path / f"work/{name}.json").exists()}
+    written = ("expected", "bench", "path")
+    optional = {name: run.read(f"work/{name}.json") for name in written if (run.path / f"work/{name}.json").exists()}
     found = assemble(
         recipe,
         digest(recipe),

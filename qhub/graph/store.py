@@ -18,7 +18,7 @@ from qhub.errors import DamagedModelError, QhubError
 from qhub.graph.values import GraphInput, Quantization
 
 if TYPE_CHECKING:
-    from qhub.interfaces import Graph
+    from qhub.interfaces import Graph, GraphResult
     from qhub.quantize.qtensor import QTensor
 
 METADATA = "qhub.json"
@@ -131,6 +131,33 @@ def write_graph(folder: Path, rounded: Graph, quantization: Quantization, facts:
         **facts,
     }
     (folder / METADATA).write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def graph_facts(result: GraphResult, method: str, scheme: str) -> dict[str, Any]:
+    """What `write_graph` is to say of a method's result."""
+    from qhub.types import Scheme
+
+    layers = [op.layer for op in result.graph.ops if op.has_weight and op.layer is not None]
+    made = result.quantization
+    return {
+        "method": method,
+        "scheme": scheme,
+        "layers": {layer: str(Scheme(codes.bits)) for layer, codes in made.weights.items()},
+        "float_layers": [layer for layer in dict.fromkeys(layers) if layer not in made.weights and layer not in made.casts],
+        "notes": dict(result.notes),
+        "sizes": _sizes(result.graph, made),
+    }
+
+
+def _sizes(graph: Graph, made: Quantization) -> dict[str, int]:
+    """Bytes of codes as packed, of scales, and of weights in 16 bits; and how many weights are quantized."""
+    codes = sum((one.bits * one.codes.numel() + 7) // 8 for one in made.weights.values())
+    return {
+        "weights": sum(one.codes.numel() for one in made.weights.values()),
+        "codes": codes,
+        "scales_and_zeros": sum(4 * one.scale.numel() for one in made.weights.values()),
+        "sixteen_bit": sum(2 * graph.weight(layer).numel() for layer in made.casts),
+    }
 
 
 def copy_companions(source: Path, folder: Path) -> None:

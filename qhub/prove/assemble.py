@@ -19,7 +19,7 @@ from qhub.prove.report import (
     StageResult,
     TargetsResult,
 )
-from qhub.types import Calibration, Recipe
+from qhub.types import Calibration, Recipe, Step
 
 
 def assemble(
@@ -58,6 +58,7 @@ def assemble(
         warnings=tuple(dict.fromkeys(str(event["text"]) for event in events if event["event"] == "warning")),
         checked=_checked(recipe, artifacts),
         not_checked=_not_checked(recipe, artifacts),
+        path=tuple(Step(**step) for step in found.get("path", ())),
         estimate=_compared(found.get("expected", ()), {"weight_bytes": result.bytes, **_cost(stages, events)}),
     )
 

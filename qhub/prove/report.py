@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union
 
 from qhub.errors import QhubError
-from qhub.types import as_json
+from qhub.types import Step, as_json
 
 FILE = "report.json"
 _T = TypeVar("_T")
@@ -138,6 +138,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
     not_checked: tuple[str, ...] = ()
+    path: tuple[Step, ...] = ()  # the way through the flowchart: node, question, answer
     estimate: Mapping[str, EstimateResult] = field(default_factory=dict)  # weight_bytes, peak_bytes, seconds, tokens_per_s
 
     def to_json(self) -> dict[str, Any]:
