@@ -22,7 +22,7 @@ LAYERS = (
     ("cli", "__main__"),
 )
 SIBLINGS_ALLOWED = {("prove", "quantize.store"), ("prove", "quantize.layouts.reader")}
-PLUGINS = ("awq", "demo", "gptq", "hf", "native", "onnxruntime", "rtn")
+PLUGINS = ("awq", "demo", "gptq", "hf", "native", "onnxruntime", "openvino", "rtn")
 
 
 def imports_of(file: Path) -> Iterator[str]:
