@@ -271,7 +271,7 @@ def _artifact(runtime: Runtime, plugins: Plugins, folder: Path) -> None:
 
 
 def _with_session(runtime: Runtime, artifact: Path, use: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - a Session's results
-    session = runtime.open(artifact, OpenOptions(threads=1))
+    session = runtime.open(artifact, OpenOptions(threads=1, exact=runtime.rounds_activations))  # as artifacts are verified
     try:
         return use(session)
     finally:

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
-from openvino import opset15 as ops
 
 from qhub import DecoderConfig
 from qhub_openvino.norms import rms_norm
+from qhub_openvino.vendor import ops, ov
 
 _HIDDEN = np.float32(np.finfo(np.float32).min)  # added to the scores of positions that are not seen
 

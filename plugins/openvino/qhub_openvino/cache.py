@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
 from qhub import QhubError
 from qhub_openvino.decoder import BEAMS, LOGITS
 from qhub_openvino.open import LOGITS_FROM
+from qhub_openvino.vendor import ov
 
 
 class Cache:
@@ -44,7 +44,7 @@ class Cache:
 
 
 def run(request: ov.InferRequest, ids: NDArray[np.int64], past: int, *, last: bool) -> NDArray[np.float32]:
-    """Logits (B, T, V) after ids (B, T) that follow `past` others; `last`: (B, 1, V), those of the last token. Valid until the next call."""
+    """Logits (B, T, V) after ids (B, T) that follow `past` others; `last`: (B, 1, V) of the last token. Valid until the next call."""
     count, length = ids.shape
     feeds = {
         "input_ids": ids,

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
-from openvino import opset15 as ops
+
+from qhub_openvino.vendor import ops, ov
 
 _SPILL = "rewritten.tmp"
 _PAGE = 4096

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import openvino as ov
-from openvino import opset15 as ops
 
 from qhub import DecoderFiles
 from qhub_openvino.attention import Attention, Batch
 from qhub_openvino.constants import Constants
 from qhub_openvino.linear import Linears
 from qhub_openvino.norms import rms_norm
+from qhub_openvino.vendor import ops, ov
 
 _INPUTS = {"input_ids": 2, "attention_mask": 2, "position_ids": 2}
 BEAMS, LOGITS, LAST = "beam_idx", "logits", "last_hidden_state"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import openvino as ov
-
 from qhub import OpenOptions, UsageError, cache_path, fast_cores
+from qhub_openvino.vendor import ov
 
 CPU, AUTO = "CPU", "AUTO"
 _CACHE = "openvino"

@@ -8,14 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import openvino as ov
-
 from qhub import DecoderFiles, QhubError, Unsupported, open_decoder, read_json
 from qhub_openvino.constants import Constants
 from qhub_openvino.decoder import DecoderIR
-from qhub_openvino.schemes import why_not
+from qhub_openvino.schemes import ENGINE, why_not
+from qhub_openvino.vendor import ov
 
-ENGINE = FORMAT = "openvino"
+FORMAT = "openvino"
 MODEL, DATA = "openvino_model.xml", "openvino_model.bin"
 FACTS, LAYERS = "qhub", "layers"  # rt_info: {layer: [scheme, N, K]}
 _COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "added_tokens.json")
@@ -35,6 +34,7 @@ def export_decoder(model: Path, out: Path) -> None:
             raise QhubError(f"`{model}` does not fit its config.json: {_first_line(error)}", hint="quantize the model again") from error
         layers = {name: [str(scheme), *files.shape(name)] for name, scheme in files.schemes.items()}
         built.set_rt_info(json.dumps(layers, sort_keys=True), [FACTS, LAYERS])
+        _name_nodes(built)
         ov.save_model(built, out / MODEL, compress_to_fp16=False)
         del built
     config = read_json(model / "config.json")
@@ -43,6 +43,13 @@ def export_decoder(model: Path, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
     if importlib.util.find_spec("openvino_tokenizers") and (out / "tokenizer.json").exists():
         _convert_tokenizer(out)
+
+
+def _name_nodes(model: ov.Model) -> None:
+    """Nodes that have no name of ours are numbered by their place: OpenVINO counts all that the process ever made."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}.{index}")
 
 
 def _check(files: DecoderFiles) -> None:

@@ -6,16 +6,15 @@ OpenVINO has codes of 4 and 8 bits; those of 2 and 3 bits lie in 4, those of 5 t
 from __future__ import annotations
 
 import numpy as np
-import openvino as ov
-from openvino import opset15 as ops
 
 from qhub import DecoderFiles, PackedLayer
 from qhub_openvino.constants import Constants
 from qhub_openvino.packing import fields, unstream
 from qhub_openvino.schemes import width_of
+from qhub_openvino.vendor import ops, ov
 
-#: Ends of the names of a layer's constants.
-CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"
+#: Ends of the names of a layer's constants: of a quantized one, and of a float one.
+CODES, SCALES, ZEROS, WEIGHT = ".codes", ".scales", ".zeros", ".weight"
 STORED = {"F32": ov.Type.f32, "F16": ov.Type.f16, "BF16": ov.Type.bf16}
 _SIGNED = {4: ov.Type.i4, 8: ov.Type.i8}
 _UNSIGNED = {4: ov.Type.u4, 8: ov.Type.u8}
@@ -40,8 +39,9 @@ class Linears:
     def matrix(self, name: str) -> ov.Output:
         """The float matrix (N, K) of layer `name` as float32; in the file it is as the model stores it."""
         if name not in self._float:
-            info = self.files.tensors.info(f"{name}.weight")
-            stored = self.constants.mapped(self.files.tensors.raw(f"{name}.weight"), STORED[info.dtype], info.shape, f"{name}.weight")
+            tensor = f"{name}{WEIGHT}"
+            info = self.files.tensors.info(tensor)
+            stored = self.constants.mapped(self.files.tensors.raw(tensor), STORED[info.dtype], info.shape, tensor)
             self._float[name] = stored if info.dtype == "F32" else ops.convert(stored, "f32").output(0)
         return self._float[name]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
-from openvino import opset15 as ops
+
+from qhub_openvino.vendor import ops, ov
 
 
 def rms_norm(source: ov.Output, weight: NDArray[np.float32], eps: float) -> ov.Output:

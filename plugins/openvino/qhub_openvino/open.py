@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
-from openvino import opset15 as ops
 
 from qhub import OpenOptions, QhubError, Unsupported
 from qhub_openvino.decoder import LAST
 from qhub_openvino.devices import device_of, settings
 from qhub_openvino.export import DATA, MODEL
+from qhub_openvino.vendor import ops, ov
 
 LOGITS_FROM = "logits_from"  # the first token whose logits are wanted: 0 for all, −1 for the last one only
 _NO_STATES = ("NPU",)

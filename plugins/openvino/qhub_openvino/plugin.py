@@ -25,12 +25,12 @@ class OpenVinoExporter(Exporter):
     format = _FORMAT
 
     def reject(self, profile: ModelProfile, scheme: Scheme) -> str | None:
-        """Carries weight-only integer schemes of language models."""
+        """Carries weight-only integer schemes of the language models that `qhub.decoder_config` describes."""
         if profile.task != "llm":
             return f"`{self.format}` as written here holds language models; this is `{profile.task}`"
-        from qhub_openvino.schemes import why_not
+        from qhub_openvino.schemes import why_no_decoder, why_not
 
-        return why_not(scheme)
+        return why_not(scheme) or why_no_decoder(Path(profile.path) / "config.json")
 
     def export(self, model: QuantizedModel, out: Path, recipe: Recipe) -> Artifact:
         """Build the IR; what lies in the model's files goes from there to the new one."""

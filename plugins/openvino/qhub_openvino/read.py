@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
 from qhub import QhubError, QTensor, Scheme
 from qhub_openvino.export import FACTS, LAYERS, MODEL
-from qhub_openvino.linear import CODES, SCALES, ZEROS
+from qhub_openvino.linear import CODES, SCALES, WEIGHT, ZEROS
 from qhub_openvino.open import read_ir
 from qhub_openvino.packing import unfields
 from qhub_openvino.schemes import width_of
+from qhub_openvino.vendor import ov
+
+_MATRICES = (CODES, SCALES, ZEROS, WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ def weight_bytes(path: Path) -> int:
 
 
 def _read_bytes(node: ov.op.Constant) -> int:
-    if len(node.shape) < 2 or all(_looks_up(reader.get_node()) for reader in node.output(0).get_target_inputs()):
-        return 0
-    return int(node.get_byte_size())
+    readers = (reader.get_node() for reader in node.output(0).get_target_inputs())
+    matrix = node.get_friendly_name().endswith(_MATRICES)
+    return int(node.get_byte_size()) if matrix and not all(map(_looks_up, readers)) else 0
 
 
 def _looks_up(reader: ov.Node) -> bool:

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
 from qhub import DecoderConfig, OpenOptions, QhubError, decoder_config, read_json
 from qhub_openvino.cache import Cache, run
-from qhub_openvino.export import ENGINE
 from qhub_openvino.open import compile_decoder
 from qhub_openvino.sampling import drawn
+from qhub_openvino.schemes import ENGINE
+from qhub_openvino.vendor import ov
 
 
 class OpenVinoSession:
