@@ -9,6 +9,7 @@ best round of each shape counts, as the least disturbed one.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def totals(selector: Selector, bucket: int, rounds: int) -> dict[str, float]:
         best = dict.fromkeys(plans, float("inf"))
         for _ in range(rounds):
             for name, plan in plans.items():
-                best[name] = min(best[name], time_plan(alike, selector.pool, ROWS[bucket], *plan, SECONDS))
+                best[name] = min(best[name], statistics.median(time_plan(alike, selector.pool, ROWS[bucket], *plan, SECONDS)))
         for name, seconds in best.items():
             found[name] += len(alike) * seconds
     return found

@@ -27,6 +27,10 @@ _HOMES = {
     "qhub.decoders.files": ("DecoderFiles", "misfit", "open_decoder", "read_json"),
     "qhub.decoders.packed": ("PackedLayer",),
     "qhub.decoders.tensors": ("MappedTensors",),
+    "qhub.graph.onnx_graph": ("OnnxGraph",),
+    "qhub.graph.onnx_lower": ("OnnxOptions", "write_onnx"),
+    "qhub.graph.onnx_passes": ("ONNXRUNTIME", "OPENVINO", "TENSORRT", "OnnxStyle"),
+    "qhub.graph.onnx_stored": ("read_onnx_layers",),
     "qhub.graph.placement": ("place",),
     "qhub.graph.values": ("ActivationGrid", "Batch", "GraphInput", "Op", "Point", "Quantization"),
     "qhub.quantize.pack": ("pack", "unpack"),
@@ -50,6 +54,10 @@ if TYPE_CHECKING:
     from qhub.decoders.packed import PackedLayer
     from qhub.decoders.tensors import MappedTensors
     from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
+    from qhub.graph.onnx_graph import OnnxGraph
+    from qhub.graph.onnx_lower import OnnxOptions, write_onnx
+    from qhub.graph.onnx_passes import ONNXRUNTIME, OPENVINO, TENSORRT, OnnxStyle
+    from qhub.graph.onnx_stored import read_onnx_layers
     from qhub.graph.placement import place
     from qhub.graph.values import ActivationGrid, Batch, GraphInput, Op, Point, Quantization
     from qhub.hookspecs import hookimpl

@@ -108,6 +108,14 @@ def class_names(model: Path) -> tuple[str, ...] | None:
     return tuple(names.get(number, str(number)) for number in range(len(names)))
 
 
+def vocabulary_of(model: Path) -> int:
+    """Ids that any tokenizer of the model has: below its config's vocabulary, or below 100 where it names none."""
+    try:
+        return int(json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 100
+
+
 def data_of_run(source: ModelSource, given: tuple[str | None, str | None], plugins: Plugins) -> tuple[str, str]:
     """(calibration, evaluation) for a run: what was given (a path, or the name of a model that brings data), else the model's own.
 

@@ -132,8 +132,8 @@ class Block(Protocol):
 class Quantizer(Component):
     """A method. Override the finest level that the method needs; the default of each calls the next finer one.
 
-    `family` is the leaf of the flowchart that the method serves; `families` are all of them where it serves several. `needs` names the statistics to collect: "gram",
-    "shortfall", "abs_mean"; empty means that no calibration pass is run at all.
+    `family` is the leaf of the flowchart that the method serves; `families` are all of them where it serves several.
+    `needs` names the statistics to collect: "gram", "shortfall", "abs_mean"; empty means that no calibration pass is run at all.
     """
 
     family: ClassVar[Family] = "weight-only"
@@ -363,8 +363,9 @@ class Session(Protocol):
     """An opened artifact.
 
     It may also have, where the engine knows better than the outside: `bytes_per_token`, the bytes of weights that a new
-    token reads; `bandwidth(threads)`, the bytes per second that so many threads read here; `how_loaded`, a few words on
-    what opening took; `conversation()`, a `Conversation`.
+    token reads; `bandwidth(threads)`, the bytes per second that so many threads read here; `ops_per_token`, the operations of
+    the products that a prompt's token takes; `peak_ops(threads)`, the int8 operations per second that so many threads reach
+    here, None if that is not known; `how_loaded`, a few words on what opening took; `conversation()`, a `Conversation`.
     """
 
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:

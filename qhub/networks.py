@@ -7,27 +7,33 @@ by its namesake in `stage.py`.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qhub.errors import QhubError
 from qhub.events import Events, Progress
-from qhub.feeding import Feed, feed
+from qhub.feeding import BATCH, Feed, feed, vocabulary_of
 from qhub.graph.sources import EMBEDDING, Source, open_graph
 from qhub.graph.store import QuantizedGraph, copy_companions, write_graph
 from qhub.graph.values import Batch, Quantization
-from qhub.interfaces import Graph, GraphJob, GraphQuantizer, GraphResult
+from qhub.interfaces import Exporter, Graph, GraphJob, GraphQuantizer, GraphResult, Runtime
 from qhub.plugins import Plugins
+from qhub.prove.artifact import check_artifact
+from qhub.prove.bench import measure_apart
+from qhub.prove.bench_network import NetworkJob
 from qhub.prove.network import Comparison, compare
 from qhub.quantize.block import LayerChoice
+from qhub.route.host import fast_cores
 from qhub.route.recipe import digest
 from qhub.route.registry import find_target
 from qhub.rundir import RunDir
-from qhub.types import Recipe, Scheme
+from qhub.types import OpenOptions, QuantizedModel, Recipe, Scheme
 
 VERIFIED_ITEMS = 64
+BENCH = "work/bench.json"
 
 
 def float_graph(run: RunDir, recipe: Recipe, found: Feed) -> Graph:
@@ -137,23 +143,67 @@ def _sizes(graph: Graph, made: Quantization) -> dict[str, int]:
     }
 
 
-def verify(run: RunDir, recipe: Recipe, plugins: Plugins) -> None:
-    """Open each artifact in its runtime, and compare codes and outputs with the QuantizedModel's.
+def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> None:
+    """Open each artifact in its runtime, compare codes and outputs with the QuantizedModel's, and measure its speed.
 
     :raises QhubError: when the codes in an artifact are not the QuantizedModel's; it names the first such layer.
     """
-    from qhub.prove.artifact import check_artifact
     from qhub.stage import runtime_for
 
     quantized = QuantizedGraph.open(run.quantized)
     found = first_items(recipe)
     checks = {}
     for artifact in run.read("work/artifacts.json"):
-        exporter = plugins.exporters[recipe.exporter or ""]
-        checks[artifact["path"]] = check_artifact(
-            quantized, run.path / artifact["path"], exporter, runtime_for(recipe, artifact["format"], plugins), list(found.batches())
-        )
+        exporter, path = plugins.exporters[recipe.exporter or ""], run.path / artifact["path"]
+        runtime = runtime_for(recipe, artifact["format"], plugins)
+        checks[artifact["path"]] = check_artifact(quantized, path, exporter, runtime, list(found.batches()))
+        if checks[artifact["path"]]["checked"]:
+            run.write(BENCH, _bench(run, recipe, path, Pair(exporter, runtime), events))
     run.write("work/parity.json", checks)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Who writes an artifact and who opens it."""
+
+    exporter: Exporter
+    runtime: Runtime
+
+
+def _bench(run: RunDir, recipe: Recipe, artifact: Path, pair: Pair, events: Events) -> dict[str, Any] | None:
+    """The artifact's speed beside the float network's in the same engine; what fails here fails no run."""
+    found = first_items(recipe)
+    floating = run.work / "float"
+    shutil.rmtree(floating, ignore_errors=True)
+    try:
+        graph = float_graph(run, recipe, found)
+        path = export_float(graph, recipe, pair.exporter, floating)
+        job = NetworkJob(
+            str(artifact),
+            pair.runtime.name,
+            OpenOptions(threads=fast_cores()),
+            (1, BATCH),
+            length=max((value.shape[1] for value in found.sample().values() if value.ndim == 2), default=1),
+            rounds=3,
+            vocabulary=vocabulary_of(Path(recipe.model_path)),
+            float_path=str(path),
+        )
+        return measure_apart(job, events)
+    except QhubError as error:
+        events.warning(f"speed was not measured: {error.message}")
+        return None
+
+
+def export_float(graph: Graph, recipe: Recipe, exporter: Exporter, folder: Path) -> Path:
+    """The float network in the exporter's format, to compare with; returns where it is, below `folder`."""
+    model, out = folder / "quantized", folder / exporter.format
+    model.mkdir(parents=True)
+    out.mkdir()
+    facts = {"method": "float", "scheme": "float", "recipe_digest": "", "layers": {}, "float_layers": [], "notes": {}, "sizes": {}}
+    write_graph(model, graph, Quantization(), facts)
+    copy_companions(Path(recipe.model_path), model)
+    exporter.export(QuantizedModel(model, "graph", "float", "float"), out, recipe)
+    return out
 
 
 def evaluate(run: RunDir, recipe: Recipe, events: Events) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qhub.errors import NoRouteError, QhubError, Unsupported, UsageError, failure_of
+from qhub.feeding import vocabulary_of
+from qhub.graph.store import PROGRAM, is_graph
 from qhub.interfaces import Runtime
 from qhub.isolation.proxies import home_of
 from qhub.plugins import Plugins, missing_modules, suggest
@@ -24,12 +26,16 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Opening:
-    """A folder to open, and the engines to try, best first. `vocabulary` and `context` (tokens) are None where its config does not say."""
+    """A folder to open, and the engines to try, best first. `vocabulary` and `context` (tokens) are None where its config does not say.
+
+    `network`: it holds a network that is no language model.
+    """
 
     path: Path
     runtimes: tuple[Runtime, ...]
     vocabulary: int | None
     context: int | None
+    network: bool = False
 
 
 def opening(path: Path, plugins: Plugins, runtime: str | None) -> Opening:
@@ -39,10 +45,39 @@ def opening(path: Path, plugins: Plugins, runtime: str | None) -> Opening:
     :raises QhubError: when there is no model at `path`.
     """
     folder = _folder(path)
+    if is_graph(folder):
+        return _of_network(folder, plugins, runtime)
     config = read_config(folder)
     text, here = text_config(config), detect()
     chosen = _named(runtime, plugins, here) if runtime is not None else _serving(plugins, here, quantization_of(config))
     return Opening(folder, chosen, whole(text.get("vocab_size")), number(text, "context"))
+
+
+#: What the file of a network's artifact is called → its format.
+_NETWORK_FILES = {"*.onnx": "onnx", "*.xml": "openvino", "*.tflite": "tflite", "*.mlpackage": "coreml", "*.engine": "tensorrt"}
+
+
+def _of_network(folder: Path, plugins: Plugins, runtime: str | None) -> Opening:
+    """The artifact of a network; of a run, the first that something here opens.
+
+    :raises NoRouteError: when nothing installed opens one.
+    """
+    beside = sorted(folder.parent.glob("artifact/*")) if folder.name == "quantized" else []
+    vocabulary = vocabulary_of(folder)
+    for candidate in (folder, *beside):
+        written = next((kind for pattern, kind in _NETWORK_FILES.items() if any(candidate.glob(pattern))), None)
+        if written is None or (candidate / PROGRAM).exists():
+            continue
+        chosen = _named(runtime, plugins, detect()) if runtime is not None else _opening_format(written, plugins)
+        if chosen:
+            return Opening(candidate, chosen, vocabulary, None, network=True)
+    message = f"nothing installed opens the network in `{folder}`"
+    raise NoRouteError(message, hint="`pip install qhub-onnxruntime`, then `qhub run MODEL --plugin onnxruntime`")
+
+
+def _opening_format(written: str, plugins: Plugins) -> tuple[Runtime, ...]:
+    here = detect()
+    return tuple(runtime for runtime in plugins.runtimes.values() if written in runtime.formats and _why_not(runtime, here) is None)
 
 
 def first_that_opens(found: Opening, use: Callable[[Runtime], _T], warn: Callable[[str], None]) -> _T:

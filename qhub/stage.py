@@ -23,7 +23,7 @@ from qhub.interfaces import Exporter, GraphQuantizer, Quantizer, WholeModel
 from qhub.plugins import Plugins, missing_modules, suggest
 from qhub.quiet import quiet_libraries
 from qhub.route.recipe import digest, from_yaml
-from qhub.rundir import EXPECTED, RunDir
+from qhub.rundir import RunDir
 from qhub.types import Calibration, Recipe, as_json
 
 #: What an OSError that names no file says of the disk; any other (the network is not there) is of whoever raised it.
@@ -120,7 +120,7 @@ def verify(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
     if is_graph(run.quantized):
         from qhub import networks
 
-        networks.verify(run, recipe, plugins)
+        networks.verify(run, recipe, plugins, events)
         return
     from qhub.prove.parity import compare_codes, compare_logits
 
@@ -173,12 +173,12 @@ def report(run: RunDir, recipe: Recipe, plugins: Plugins, events: Events) -> Non
     from qhub.prove.assemble import assemble
     from qhub.prove.render import to_html
 
-    expected = run.read(EXPECTED) if (run.path / EXPECTED).exists() else []
+    optional = {name: run.read(f"work/{name}.json") for name in ("expected", "bench") if (run.path / f"work/{name}.json").exists()}
     found = assemble(
         recipe,
         digest(recipe),
         run.quantized,
-        {"expected": expected, **{name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation", "block_errors")}},
+        {**optional, **{name: run.read(f"work/{name}.json") for name in ("artifacts", "parity", "evaluation", "block_errors")}},
         run.log(),
         platform.node(),
     )

@@ -47,9 +47,15 @@ class Telling(Toy):
 
     bytes_per_token, how_loaded = 1000, "packed"
 
+    ops_per_token, peak = 500, 1e9
+
     def bandwidth(self, threads):
         self.asked = threads
         return 1e6
+
+    def peak_ops(self, threads):
+        assert threads == self.asked
+        return self.peak
 
 
 def test_rates_are_those_of_the_engine():
@@ -62,7 +68,7 @@ def test_rates_are_those_of_the_engine():
     assert found["generate_tokens_per_s"] == found["generate"]["tokens_per_s"]
     assert 2 <= found["latency_ms"]["p50"] <= found["latency_ms"]["p90"] <= found["latency_ms"]["p99"]
     assert (found["threads"], found["exact"], found["kernel"], found["batch"]) == (2, False, None, 1)
-    assert (found["bandwidth_share"], found["how_loaded"], found["float"]) == (None, None, None)
+    assert (found["bandwidth_share"], found["compute_share"], found["how_loaded"], found["float"]) == (None, None, None, None)
     assert found["load_s"] < 1
     assert found["peak_rss_bytes"] > 1 << 20
     assert (toy.options, toy.closed) == (JOB.options, True)
@@ -83,6 +89,17 @@ def test_the_share_of_the_bandwidth_is_bytes_per_second_over_what_memory_gives()
     found = measure(engine, JOB, Events())
     assert found["bandwidth_share"] == pytest.approx(1000 * found["generate_tokens_per_s"] / 1e6)
     assert (engine.asked, found["how_loaded"]) == (2, "packed")
+
+
+def test_the_share_of_the_arithmetic_is_that_of_the_longest_prompt():
+    found = measure(Telling(), JOB, Events())
+    assert found["compute_share"] == pytest.approx(500 * found["prompt_tokens_per_s"] / 1e9)
+
+
+def test_a_peak_that_is_not_known_gives_no_share():
+    engine = Telling()
+    engine.peak = None
+    assert measure(engine, JOB, Events())["compute_share"] is None
 
 
 @pytest.mark.parametrize(("tokens", "message"), [(0, "it gave no token for a prompt of `3`"), (3, "it gave `3` of 6 tokens")])
@@ -193,7 +210,9 @@ def test_bench_prints_one_document(qhub, toys):
     fields = (
         "batch energy_j exact float generate generate_tokens_per_s how_loaded items_per_s kernel latency_ms load_s peak_rss_bytes prompt"
     )
-    assert sorted(document["runs"][0]) == sorted([*fields.split(), "prompt_tokens_per_s", "runtime", "threads", "bandwidth_share"])
+    assert sorted(document["runs"][0]) == sorted(
+        [*fields.split(), "prompt_tokens_per_s", "runtime", "threads", "bandwidth_share", "compute_share"]
+    )
     assert "spoken" not in ran.out
     assert "2 threads: prompt of 16  …\n" in ran.err
 
@@ -204,9 +223,9 @@ def test_bench_prints_a_table(qhub, toys):
     named = [line.split("  ")[0] for line in ran.out.splitlines()]
     assert named == [
         "model", "", "works", "load", "prompt of 16, tokens/s", "generate 4, tokens/s", "ms per token, p50", "ms per token, p90",
-        "ms per token, p99", "peak memory", "share of the memory bandwidth", "joules per token",
+        "ms per token, p99", "peak memory", "share of the memory bandwidth", "share of the int8 peak", "joules per token",
     ]  # fmt: skip
-    assert ran.out.count("not measured") in (1, 2)  # where RAPL can be read there are joules
+    assert ran.out.count("not measured") in (2, 3)  # where RAPL can be read there are joules
 
 
 def test_an_engine_that_refuses_is_followed_by_the_next(qhub, toys):

@@ -206,6 +206,7 @@ def test_native_says_how_it_loaded_and_what_memory_gives(model, run):
         runs += json.loads(ran.stdout)["runs"]
     assert [figures["how_loaded"] for figures in runs] == ["packed", "read from the pack cache"]
     assert all(figures["bandwidth_share"] > 0 for figures in runs)
+    assert all(figures["compute_share"] is None or 0 < figures["compute_share"] < 1 for figures in runs)
 
 
 @NATIVE
@@ -216,6 +217,17 @@ def test_bytes_per_token_are_those_of_every_matrix_once(model):
     assert exact.bytes_per_token == exact.loaded.packed_bytes + head  # float32, as it is stored
     assert quantized.bytes_per_token == quantized.loaded.packed_bytes
     assert quantized.bandwidth(1) > 1e8
+
+
+@NATIVE
+def test_operations_per_token_are_two_for_each_weight_of_the_blocks(model):
+    session = opened("native", model)
+    config = json.loads((model / "config.json").read_text())
+    head = config["vocab_size"] * config["hidden_size"]
+    weights = sum(key.inputs * key.outputs * len(alike) for key, alike in session.loaded.selector.linears.items())
+    assert session.ops_per_token in (2 * weights, 2 * (weights - head))
+    assert session.peak_ops(1) is None or session.peak_ops(1) > 1e8
+    assert opened("native", model, exact=True).peak_ops(1) is None
 
 
 @NATIVE

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import random
 import wave
 import zipfile
 from pathlib import Path
@@ -442,6 +444,38 @@ def test_a_moved_folder_keeps_its_digest_and_a_renamed_class_does_not(animals):
     assert read_data(moved).sha256 == before
     (moved / "bee").rename(moved / "ant")
     assert read_data(moved).sha256 != before
+
+
+# Damage: whatever bytes are changed or missing, it is data or one clear error.
+
+
+@pytest.fixture(params=["x.npz", "stored.npz", "a.csv", "a.jsonl", "a.png", "a.jpg", "a.wav"])
+def whole(request, tmp_path):
+    """A sound file and where it lies; images and sounds are read through their folder."""
+    path = tmp_path / "data" / request.param
+    path.parent.mkdir()
+    if path.suffix == ".npz":
+        (np.savez if path.stem == "stored" else np.savez_compressed)(path, x=np.random.default_rng(0).random((20, 30)), y=np.arange(20))
+    elif path.suffix == ".wav":
+        write_wav(path, np.arange(300))
+    elif path.suffix in (".png", ".jpg"):
+        write_image(path, 9)
+    else:
+        path.write_text("text,label\n" + "hello,1\n" * 20 if path.suffix == ".csv" else '{"text": "a", "label": 1}\n' * 20)
+    return path
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damage_is_found_or_harmless(whole, seed):
+    dice = random.Random(seed)
+    content = whole.read_bytes()
+    for round_number in range(60):
+        damaged = bytearray(content)
+        for _ in range(dice.choice((1, 3, 20))):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        whole.write_bytes(damaged[: dice.randrange(len(damaged))] if round_number % 4 == 0 else damaged)
+        with contextlib.suppress(QhubError):
+            read_data(whole if whole.suffix in (".npz", ".csv", ".jsonl") else whole.parent).items(0, 50)
 
 
 # Real data, where it lies beside the checkout.

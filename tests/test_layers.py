@@ -16,13 +16,16 @@ LAYERS = (
     ("interfaces", "hookspecs", "quantize.qtensor", "decoders", "graph", "data"),
     ("plugins", "quiet", "isolation"),
     ("route", "quantize", "prove"),
-    ("history", "rundir", "texts", "preflight", "feeding", "networks", "expect", "pipeline", "stage", "worker", "isolation.apart", "convert", "reproduce"),
+    (
+        *("history", "rundir", "texts", "preflight", "feeding", "networks", "expect", "pipeline", "stage", "worker", "isolation.apart"),
+        *("convert", "reproduce"),
+    ),
     ("opening", "chat"),
     ("tune", "testing", "scaffold"),
     ("cli", "__main__"),
 )
 SIBLINGS_ALLOWED = {("prove", "quantize.store"), ("prove", "quantize.layouts.reader")}
-PLUGINS = ("awq", "demo", "gptq", "hf", "native", "onnxruntime", "openvino", "rtn")
+PLUGINS = ("awq", "demo", "gptq", "hf", "native", "onnxruntime", "openvino", "ptq", "rtn")
 
 
 def imports_of(file: Path) -> Iterator[str]:

@@ -9,6 +9,7 @@ all of them. Runs in the environment of the engine: imports it, numpy, and nothi
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def qhub(case: Case) -> Measure:
         matrices.append(Linear.quantized(memory, shape, pack(pool, shape, [part], memory)))
     plan = Selector({}, None, pool, None).measure(matrices, bucket(case.rows))
     settings = (pool, case.rows, plan.kernel, plan.rows, plan.blocks, case.copies * plan.seconds)
-    return lambda: time_plan(matrices, *settings)
+    return lambda: statistics.fmean(time_plan(matrices, *settings))
 
 
 def onnxruntime(case: Case) -> Measure:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -19,6 +21,8 @@ from qhub.errors import QhubError
 
 _COPY_BYTES = 1 << 22
 _CHECK_BYTES = 32 << 20
+#: What zipfile, zlib and numpy's reading of headers raise on files that are not what they say (RuntimeError: encrypted).
+_DAMAGE = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, SyntaxError, ValueError, EOFError, OSError, RuntimeError)
 _PREFIXES = ("test", "train", "val", "valid", "eval", "calib")
 
 
@@ -84,7 +88,7 @@ def check_finite(x: NDArray[Any], path: Path, name: str) -> None:
 def _opened(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise QhubError(f"`{path}` is not an .npz file ({error})", hint="write it with `numpy.savez(FILE, x=..., y=...)`") from None
 
 
@@ -120,7 +124,7 @@ def _mapped(archive: zipfile.ZipFile, path: Path, name: str) -> NDArray[Any]:
             if not np.prod(shape, dtype=np.int64):
                 return np.empty(shape, dtype)
             return _map_copy(member, shape, dtype, "F" if fortran else "C")
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise QhubError(f"`{name}` in `{path}` is damaged ({error})", hint="write the file again") from None
 
 

@@ -26,7 +26,7 @@ def read_wav(path: Path) -> Sound:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
-    except (wave.Error, EOFError, OSError) as error:
+    except (wave.Error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: a chunk that ends elsewhere
         raise QhubError(f"`{path}` is not a PCM .wav file ({error or 'it is cut off'})", hint=_convert(path)) from None
     if width not in _TYPES:
         raise QhubError(f"`{path}` has `{8 * width}` bits per sample; read are 8, 16 and 32", hint=_convert(path))

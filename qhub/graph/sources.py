@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qhub.errors import DamagedModelError, QhubError, Unsupported, UsageError
-from qhub.graph.torch_graph import TorchGraph
+from qhub.graph.torch_graph import TorchGraph, module_of
 from qhub.graph.values import Batch, GraphInput
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def open_program(path: Path) -> TorchGraph:
     nodes = {node.name: node for node in program.graph.nodes}
     inputs = tuple(_described(nodes[name]) for name in program.graph_signature.user_inputs if isinstance(name, str))
     count = len(program.graph_signature.user_outputs)
-    module: Any = program.module(check_guards=False)
-    return TorchGraph.simplified(module, inputs, tuple(f"output_{index}" if index else OUTPUT for index in range(count)))
+    return TorchGraph.simplified(module_of(program), inputs, tuple(f"output_{index}" if index else OUTPUT for index in range(count)))
 
 
 def _described(node: Any) -> GraphInput:  # noqa: ANN401 - a placeholder

@@ -5,8 +5,10 @@ The operations are PyTorch's `quantized_decomposed` ones, as PT2E writes them, s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -39,22 +41,21 @@ class TorchGraph:
     @classmethod
     def of(cls, model: torch.nn.Module, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """Export a model, fold its batch norms and take out what only matters for training; the model itself is not changed."""
-        return cls.simplified(export(model.eval(), inputs).module(check_guards=False), inputs, outputs)
+        return cls.simplified(module_of(export(model.eval(), inputs)), inputs, outputs)
 
     @classmethod
-    def simplified(cls, module: torch.nn.Module, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
+    def simplified(cls, module: fx.GraphModule, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """A program's module with batch norms folded, and without what only matters for training; the program's own is not changed."""
-        assert isinstance(module, fx.GraphModule)
-        module = copy.deepcopy(module)
+        module = duplicate(module)
         simplify(module)
         return cls(module, inputs, outputs)
 
     @classmethod
     def load(cls, path: Path, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """Open what `save` wrote."""
-        module = torch.export.load(path).module(check_guards=False)
-        assert isinstance(module, fx.GraphModule)
-        return cls(module, inputs, outputs)
+        with _quietly():
+            program = torch.export.load(path)
+        return cls(module_of(program), inputs, outputs)
 
     def save(self, path: Path) -> None:
         """Write the program as a `.pt2` file, without what only says where in whose sources an operation came from."""
@@ -93,7 +94,7 @@ class TorchGraph:
     def run(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         """The outputs for one batch."""
         with torch.no_grad():
-            found = self.module(*self._arguments(batch))
+            found = self._runnable(*self._arguments(batch))
         return tuple(found.values()) if isinstance(found, Mapping) else tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
     def watch(self, batch: Batch, tensors: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,7 +115,7 @@ class TorchGraph:
 
     def with_layers(self, layers: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]) -> TorchGraph:
         """The same network with other weights and biases."""
-        module = copy.deepcopy(self.module)
+        module = duplicate(self.module)
         changed = TorchGraph(module, self.inputs, self.outputs)
         for name, (weight, bias) in layers.items():
             set_layer(module, changed._node(name), weight, bias)
@@ -123,7 +124,7 @@ class TorchGraph:
 
     def rounded(self, quantization: Quantization) -> TorchGraph:
         """The network with quantize and dequantize operations: weights stored as int8 codes, less 2**(bits − 1)."""
-        module = copy.deepcopy(self.module)
+        module = duplicate(self.module)
         changed = TorchGraph(module, self.inputs, self.outputs)
         for layer, bias in quantization.biases.items():
             set_layer(module, changed._node(layer), changed.weight(layer), bias)
@@ -143,6 +144,20 @@ class TorchGraph:
         forget_unused(module)
         module.recompile()
         return changed
+
+    @cached_property
+    def _runnable(self) -> fx.GraphModule:
+        """The same numbers in less time: weights dequantized once, and each pair of quantize and dequantize in one operation."""
+        module = duplicate(self.module)
+        for node in list(module.graph.nodes):
+            if node.target is qd.dequantize_per_channel.default:
+                _store_dequantized(module, node)
+            elif node.target is qd.dequantize_per_tensor.default:
+                _round_at_once(node)
+        module.graph.eliminate_dead_code()
+        forget_unused(module)
+        module.recompile()
+        return module
 
     def _node(self, layer: str) -> fx.Node:
         return self._called(next(op.name for op in self.ops if op.layer == layer))
@@ -182,7 +197,30 @@ def export(model: torch.nn.Module, inputs: tuple[GraphInput, ...]) -> torch.expo
     """The program of a model, for any batch and whatever else varies."""
     example = tuple(_example(item) for item in inputs)
     varying = tuple({axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(item.shape) if size < 0} for item in inputs)
-    return torch.export.export(model, example, dynamic_shapes=varying)
+    with _quietly():
+        return torch.export.export(model, example, dynamic_shapes=varying)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """While this lasts torch does not warn of its own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def duplicate(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the module, weights included."""
+    with _quietly():
+        return copy.deepcopy(module)
+
+
+def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a module that runs; its weights are the program's own."""
+    with _quietly():
+        module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
 
 
 def _example(item: GraphInput) -> torch.Tensor:
@@ -199,6 +237,23 @@ def _round_tensor(node: fx.Node, grid: ActivationGrid, readers: list[fx.Node]) -
         rounded = node.graph.call_function(qd.dequantize_per_tensor.default, (codes, *numbers))
     for reader in readers:
         reader.replace_input_with(node, rounded)
+
+
+def _store_dequantized(module: fx.GraphModule, node: fx.Node) -> None:
+    codes, scale, zero = (get_tensor(module, str(argument.target)) for argument in node.args[:3] if isinstance(argument, fx.Node))
+    put_tensor(module, name := f"{node.name}_stored", qd.dequantize_per_channel(codes, scale, zero, *node.args[3:]))
+    with module.graph.inserting_before(node):
+        stored = module.graph.get_attr(name)
+    node.replace_all_uses_with(stored)
+
+
+def _round_at_once(node: fx.Node) -> None:
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    scale, zero, low, high = codes.args[1:5]
+    with node.graph.inserting_before(node):
+        rounded = node.graph.call_function(torch.fake_quantize_per_tensor_affine, (codes.args[0], scale, zero, low, high))
+    node.replace_all_uses_with(rounded)
 
 
 def _round_weight(module: fx.GraphModule, node: fx.Node, tensor: QTensor) -> None:

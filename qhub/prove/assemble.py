@@ -49,6 +49,7 @@ def assemble(
         baseline=_baseline(measured, result),
         targets=TargetsResult(recipe.goals.max_drop_pct, met=drop <= recipe.goals.max_drop_pct),
         artifacts=artifacts,
+        bench=found.get("bench"),
         stages=stages,
         bytes_by_class=held.bytes_by_class,
         block_errors=tuple(found["block_errors"]),

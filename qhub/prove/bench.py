@@ -24,9 +24,11 @@ import numpy as np
 
 from qhub import errors
 from qhub.errors import PluginError, QhubError, failure_of
-from qhub.events import Events, peak_rss_bytes
+from qhub.events import Events
 from qhub.plugins import Plugins
+from qhub.prove.bench_network import NetworkJob, measure_network
 from qhub.prove.energy import counters, joules
+from qhub.prove.memory import program_peak_bytes
 from qhub.types import OpenOptions, as_json
 
 if TYPE_CHECKING:
@@ -64,8 +66,9 @@ def measure(runtime: Runtime, job: Job, events: Events) -> dict[str, Any]:
     try:
         prompts = [_prompt(session, count, job, events) for count in job.prompts]
         generated = _generate(session, job, events)
-        peak_bytes = _peak_bytes()  # before the bandwidth is measured: that takes memory of its own
+        peak_bytes = program_peak_bytes()  # before the bandwidth is measured: that takes memory of its own
         share = _bandwidth_share(session, job.options.threads or 1, generated["generate_tokens_per_s"])
+        compute = _compute_share(session, job.options.threads or 1, prompts)
         how = getattr(session, "how_loaded", None)
     finally:
         session.close()
@@ -80,6 +83,7 @@ def measure(runtime: Runtime, job: Job, events: Events) -> dict[str, Any]:
         **generated,
         "items_per_s": None,
         "bandwidth_share": share,
+        "compute_share": compute,
         "peak_rss_bytes": peak_bytes,
         "float": None,
     }
@@ -142,18 +146,14 @@ def _bandwidth_share(session: Session, threads: int, tokens_per_s: float) -> flo
     return float(read_bytes * tokens_per_s / bandwidth(threads))
 
 
-def _peak_bytes() -> int:
-    """The largest resident memory of this program; getrusage would also count that of the one that started it."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return peak_rss_bytes()
+def _compute_share(session: Session, threads: int, prompts: Sequence[dict[str, Any]]) -> float | None:
+    """How much of the peak of int8 arithmetic the longest prompt reaches; None where the session does not tell."""
+    ops, peak_ops = getattr(session, "ops_per_token", None), getattr(session, "peak_ops", None)
+    peak = peak_ops(threads) if ops is not None and peak_ops is not None and prompts else None
+    return None if peak is None else float(ops * prompts[-1]["tokens_per_s"] / peak)
 
 
-def measure_apart(job: Job, events: Events) -> dict[str, Any]:
+def measure_apart(job: Job | NetworkJob, events: Events) -> dict[str, Any]:
     """`measure` in a fresh process; its stages are handed on to `events`.
 
     :raises QhubError: what was raised there. :raises PluginError: when the process died.
@@ -200,10 +200,12 @@ def main(arguments: Sequence[str]) -> int:
     def tell(event: dict[str, Any]) -> None:
         print(json.dumps(event), file=stdout, flush=True)
 
-    job = Job.from_json(arguments[0])
+    job = _job(arguments[0])
+    events = Events(listener=tell)
     try:
         runtime = Plugins.load().runtimes[job.runtime]
-        tell({"event": "figures", "figures": measure(runtime, job, Events(listener=tell))})
+        figures = measure_network(runtime, job, events) if isinstance(job, NetworkJob) else measure(runtime, job, events)
+        tell({"event": "figures", "figures": figures})
     except QhubError as error:
         tell(_as_event(error))
         return int(error.exit_code)
@@ -213,6 +215,11 @@ def main(arguments: Sequence[str]) -> int:
         tell(_as_event(failure_of(job.runtime, error)))
         return int(errors.ExitCode.PLUGIN_FAILED)
     return 0
+
+
+def _job(text: str) -> Job | NetworkJob:
+    values = json.loads(text)
+    return NetworkJob.from_values(values) if "batches" in values else Job.from_json(text)
 
 
 def _as_event(error: QhubError) -> dict[str, Any]:

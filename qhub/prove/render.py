@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from qhub.prove.report import FloatResult, QuantizedResult, Report
 from qhub.units import human_bytes, human_seconds
@@ -43,6 +44,9 @@ def tables(report: Report) -> tuple[ReportTable, ...]:
         ReportTable("where the bytes are", ("tensors", "size", "share"), _class_rows(report)),
         ReportTable("stages", ("stage", "time", "peak memory"), stages),
         ReportTable("estimated and measured", ("", "estimated", "measured", "ratio", "basis"), _estimate_rows(report)),
+        ReportTable(
+            _speed_title(report), ("batch", "float p50", report.method + " p50", "p90", "p99", "items/s", "faster"), _speed_rows(report)
+        ),
         ReportTable("artifacts", ("format", "size", "parity"), _artifact_rows(report)),
         ReportTable("layers that were treated differently", ("layer", "reason"), tuple((f.layer, f.reason) for f in report.fallbacks)),
     )
@@ -68,6 +72,25 @@ def comparison(report: Report) -> ReportTable:
     ]
     kept = tuple(row for row in rows if any(cell != "–" for cell in row[1:]))
     return ReportTable(f"{report.model} → {report.target}, {report.scheme}", ("", *columns), kept)
+
+
+def _speed_title(report: Report) -> str:
+    bench = report.bench or {}
+    return f"speed in {bench.get('runtime')}, {bench.get('threads')} threads"
+
+
+def _speed_rows(report: Report) -> tuple[tuple[str, ...], ...]:
+    """One row for each batch that was measured, beside the float network's in the same engine."""
+    bench = report.bench or {}
+    floats = (bench.get("float") or {}).get("batches") or [None] * len(bench.get("batches", ()))
+    return tuple(_speed_row(row, other) for row, other in zip(bench.get("batches", ()), floats, strict=False))
+
+
+def _speed_row(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> tuple[str, ...]:
+    p50, p90, p99 = (row["latency_ms"][name] for name in ("p50", "p90", "p99"))
+    before = None if other is None else other["latency_ms"]["p50"]
+    compared = ("–", "–") if before is None else (f"{before:.3g} ms", f"{before / p50:.2f} ×")
+    return (str(row["batch"]), compared[0], f"{p50:.3g} ms", f"{p90:.3g} ms", f"{p99:.3g} ms", f"{row['items_per_s']:,.4g}", compared[1])
 
 
 def verdict(report: Report) -> str:

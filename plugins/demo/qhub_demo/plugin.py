@@ -11,14 +11,20 @@ DATA = Path(__file__).parent / "data"
 
 @hookimpl
 def qhub_models() -> list[ModelSource]:
-    """`demo:llm`: a Llama-architecture language model of Python source code."""
-    llm = DATA / "llm"
+    """`demo:llm`, `demo:vision` and `demo:text`: a language model, an image model and a text classifier, each with its data."""
     return [
-        ModelSource(
-            name="demo:llm",
-            path=llm,
-            summary="Llama, 3.7 M parameters, trained on the Python standard library",
-            calibration=llm / "calibration.txt",
-            evaluation=llm / "heldout.txt",
-        )
+        _source("llm", "txt", "Llama, 3.7 M parameters, trained on the Python standard library"),
+        _source("vision", "npz", "ResNet, 82 thousand parameters, tells ten shapes apart in drawn pictures"),
+        _source("text", "jsonl", "BERT, 0.2 M parameters, tells code, comments, docstrings and messages of Python modules apart"),
     ]
+
+
+def _source(name: str, suffix: str, summary: str) -> ModelSource:
+    folder = DATA / name
+    return ModelSource(
+        name=f"demo:{name}",
+        path=folder,
+        summary=summary,
+        calibration=folder / f"calibration.{suffix}",
+        evaluation=folder / f"heldout.{suffix}",
+    )

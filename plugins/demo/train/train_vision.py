@@ -38,7 +38,7 @@ class Training:
     peak_rate: float = 4e-3
     weight_decay: float = 0.02
     smoothing: float = 0.05
-    calibration_images: int = 256
+    calibration_images: int = 192
     heldout_images: int = 1_000
     seed: int = 20
 

@@ -74,6 +74,9 @@ struct Kernel {
   // The exact path: x is [M][padded] float32, zeros beyond `inputs`.
   void (*multiply_exact)(const Weights& w, const float* x, const Tile& tile);
   size_t (*panel_bytes)(const Weights& w);
+  // Runs its multiply instruction `steps` times some, from registers; returns the int8 operations (a product and its sum are two).
+  // Null: nobody wrote that down.
+  uint64_t (*spin)(size_t steps) = nullptr;
 };
 
 }  // namespace qhub

@@ -1,6 +1,7 @@
 #include "measure.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 
 #include "memory.h"
@@ -28,7 +29,21 @@ double read_bandwidth(Pool& pool, const Ops& ops, size_t bytes, double seconds) 
   return best;
 }
 
-double time_plan(const Engine& engine, const std::vector<std::shared_ptr<Linear>>& alike, size_t m, const Plan& plan, double seconds) {
+double peak_operations(Pool& pool, const Kernel& kernel, double seconds) {
+  if (!kernel.spin) return 0;
+  constexpr size_t kSteps = 20000;
+  const size_t parts = 8 * static_cast<size_t>(pool.threads());
+  double best = 0;
+  for (const auto start = Clock::now(); since(start) < seconds;) {
+    std::atomic<uint64_t> operations{0};
+    const auto begin = Clock::now();
+    pool.run(parts, [&](size_t, int) { operations += kernel.spin(kSteps); });
+    best = std::max(best, static_cast<double>(operations) / since(begin));
+  }
+  return best;
+}
+
+std::vector<double> time_plan(const Engine& engine, const std::vector<std::shared_ptr<Linear>>& alike, size_t m, const Plan& plan, double seconds) {
   std::vector<float> x(m * alike.front()->inputs()), y(m * alike.front()->rows());
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 97) - 48.0f;
   Scratch scratch;
@@ -41,8 +56,7 @@ double time_plan(const Engine& engine, const std::vector<std::shared_ptr<Linear>
     linear.multiply(engine, scratch, x.data(), m, y.data(), linear.rows());
     if (i) times.push_back(since(begin));  // the first one finds its scratch
   }
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 4];
+  return times;
 }
 
 }  // namespace qhub

@@ -275,13 +275,19 @@ NB_MODULE(_native, module) {
     nb::gil_scoped_release release;
     return read_bandwidth(pool, ops(cpu()), bytes, seconds);
   }, "pool"_a, "bytes"_a, "seconds"_a, "Bytes per second that the pool's threads read from memory.");
+  module.def("peak_operations", [](Pool& pool, const std::string& kernel, double seconds) {
+    require(seconds >= 0 && seconds <= 60, "a minute at most");
+    const Kernel& named = kernel_named(kernel);
+    nb::gil_scoped_release release;
+    return peak_operations(pool, named, seconds);
+  }, "pool"_a, "kernel"_a, "seconds"_a, "Int8 operations per second by the kernel's instruction alone; 0: not known.");
   module.def("time_plan", [](const Linears& alike, Pool& pool, size_t m, const std::string& kernel, size_t rows, size_t blocks, double seconds) {
     require(!alike.empty() && m > 0 && rows > 0 && seconds <= 60, "there is something to time");
     for (const auto& linear : alike) require(linear->rows() == alike[0]->rows() && linear->inputs() == alike[0]->inputs(), "they have one shape");
     const Engine with = engine(pool, kernel, false);
     nb::gil_scoped_release release;
     return time_plan(with, alike, m, {&kernel_named(kernel), rows, blocks}, seconds);
-  }, "linears"_a, "pool"_a, "m"_a, "kernel"_a, "rows"_a, "blocks"_a, "seconds"_a, "Seconds of one product of m rows: the lower quartile of several.");
+  }, "linears"_a, "pool"_a, "m"_a, "kernel"_a, "rows"_a, "blocks"_a, "seconds"_a, "Seconds of each of several products of m rows.");
   module.def("bucket", &bucket, "m"_a, "Which products share a plan: the bucket of m rows.");
 
   nb::class_<Embedding>(module, "Embedding")

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -13,9 +14,10 @@ constexpr uint64_t kChunkMask = (uint64_t{1} << kChunkBits) - 1, kRoundMask = (u
 // Longer than the pauses between the products of one token, shorter than anyone would notice on an idle machine.
 constexpr std::chrono::microseconds kSpin{50};
 
-uint64_t round_of(uint64_t ticket) { return ticket >> (2 * kChunkBits); }
-uint64_t count_of(uint64_t ticket) { return (ticket >> kChunkBits) & kChunkMask; }
-uint64_t next_of(uint64_t ticket) { return ticket & kChunkMask; }
+uint64_t left_of(uint64_t round, uint64_t next, uint64_t end) { return (round & kRoundMask) << (2 * kChunkBits) | end << kChunkBits | next; }
+uint64_t round_of(uint64_t left) { return left >> (2 * kChunkBits); }
+uint64_t end_of(uint64_t left) { return (left >> kChunkBits) & kChunkMask; }
+uint64_t next_of(uint64_t left) { return left & kChunkMask; }
 
 void relax() {
 #if defined(__x86_64__)
@@ -39,7 +41,7 @@ bool spin_until(const Ready& ready) {
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : shares_(std::make_unique<Share[]>(static_cast<size_t>(std::max(threads, 1)))) {
   for (int thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
 }
 
@@ -50,15 +52,25 @@ Pool::~Pool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-bool Pool::take(uint64_t round, size_t& chunk) {
-  uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  while (round_of(ticket) == round && next_of(ticket) < count_of(ticket)) {
-    if (ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) {
-      chunk = next_of(ticket);
+bool Pool::Share::take(uint64_t round, bool first, size_t& chunk) {
+  uint64_t now = left.load(std::memory_order_acquire);
+  while (round_of(now) == (round & kRoundMask) && next_of(now) < end_of(now)) {
+    const uint64_t next = next_of(now) + first, end = end_of(now) - !first;
+    if (left.compare_exchange_weak(now, left_of(round, next, end), std::memory_order_acq_rel)) {
+      chunk = first ? next - 1 : end;
       return true;
     }
   }
   return false;
+}
+
+// Does what is left of the round, this thread's share first; returns how many chunks that were.
+uint32_t Pool::work_off(uint32_t round, int thread) {
+  const int count = threads();
+  uint32_t done = 0;
+  for (int i = 0; i < count; ++i)
+    for (size_t chunk = 0; shares_[(thread + i) % count].take(round, i == 0, chunk); ++done) call_(context_, chunk, thread);
+  return done;
 }
 
 void Pool::run_erased(size_t count, Call call, const void* context) {
@@ -70,12 +82,11 @@ void Pool::run_erased(size_t count, Call call, const void* context) {
   context_ = context;
   done_.store(0, std::memory_order_relaxed);
   const uint32_t round = round_.load(std::memory_order_relaxed) + 1;
-  ticket_.store((round & kRoundMask) << (2 * kChunkBits) | static_cast<uint64_t>(count) << kChunkBits, std::memory_order_release);
+  const size_t all = static_cast<size_t>(threads());
+  for (size_t i = 0; i < all; ++i) shares_[i].left.store(left_of(round, i * count / all, (i + 1) * count / all), std::memory_order_release);
   round_.store(round);
   if (sleepers_.load()) round_.notify_all();
-  uint32_t mine = 0;
-  for (size_t chunk = 0; take(round & kRoundMask, chunk); ++mine) call(context, chunk, 0);
-  const uint32_t others = static_cast<uint32_t>(count) - mine;
+  const uint32_t others = static_cast<uint32_t>(count) - work_off(round, 0);
   if (spin_until([&] { return done_.load(std::memory_order_acquire) == others; })) return;
   caller_sleeps_ = true;
   for (uint32_t done = done_.load(); done != others; done = done_.load()) done_.wait(done);
@@ -95,9 +106,8 @@ void Pool::work(int thread) {
     wait_for_round(seen);
     if (stop_) return;
     seen = round_.load(std::memory_order_acquire);
-    for (size_t chunk = 0; take(seen & kRoundMask, chunk);) {
-      call_(context_, chunk, thread);
-      done_.fetch_add(1);
+    if (const uint32_t done = work_off(seen, thread)) {
+      done_.fetch_add(done);
       if (caller_sleeps_) done_.notify_one();
     }
   }

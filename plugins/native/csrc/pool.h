@@ -1,10 +1,12 @@
-// One set of threads, made once. Work is handed out in chunks as threads come for it, so a thread that the operating system has
-// put aside costs its own chunk and no more. Idle threads look for work for some microseconds, then sleep.
+// One set of threads, made once. Each has a share of the chunks, side by side, so that it reads memory in one stream; one that is
+// through takes chunks from the ends of the others' shares, so a thread that the operating system has put aside costs its own chunk
+// and no more. Idle threads look for work for some microseconds, then sleep.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -40,13 +42,18 @@ class Pool {
   using Call = void (*)(const void*, size_t, int);
   void run_erased(size_t count, Call call, const void* context);
   void work(int thread);
-  bool take(uint64_t round, size_t& chunk);
+  uint32_t work_off(uint32_t round, int thread);
   void wait_for_round(uint32_t seen);
 
-  // round · count · next chunk in one word: who takes a chunk by compare-and-swap knows that the round is still going on.
-  std::atomic<uint64_t> ticket_{0};
+  // What is left of a thread's chunks: round · end · next in one word: who takes a chunk by compare-and-swap knows that the round
+  // is still going on.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};
+    bool take(uint64_t round, bool first, size_t& chunk);
+  };
+  std::unique_ptr<Share[]> shares_;
   std::atomic<uint32_t> round_{0};
-  std::atomic<uint32_t> done_{0};
+  alignas(64) std::atomic<uint32_t> done_{0};
   std::atomic<uint32_t> sleepers_{0};
   std::atomic<bool> caller_sleeps_{false};
   std::atomic<bool> stop_{false};

@@ -95,6 +95,17 @@ class NativeSession:
         return self.loaded.bytes_per_token
 
     @property
+    def ops_per_token(self) -> int:
+        """Operations of a prompt's token in the products with packed weights; the head is left out, as it sees the last token only."""
+        selector = self.loaded.selector
+        return sum(2 * key.inputs * key.outputs * len(alike) for key, alike in selector.linears.items() if key != selector.head)
+
+    def peak_ops(self, threads: int) -> float | None:
+        """Int8 operations per second that `threads` threads reach with the kernel's instruction alone; None where that is not known."""
+        options = self.loaded.options
+        return None if options.exact else _native.peak_operations(_native.Pool(threads), options.kernel, 0.2) or None
+
+    @property
     def how_loaded(self) -> str:
         """Whether the weights had to be packed."""
         return "read from the pack cache" if self.loaded.from_cache else "packed"

@@ -321,7 +321,7 @@ part = _native.Part(rows(array("B", range(256)) * 2, 16, 32), rows(array("f", [0
 memory, pool = mmap.mmap(-1, shape.packed_bytes), _native.Pool(2)
 exponent = _native.pack(pool, shape, [part], memory)
 seconds = _native.time_plan([_native.Linear.quantized(memory, shape, exponent)], pool, 3, "scalar", 8, 0, 0.0)
-print(_native.kernel_names(), seconds > 0)
+print(_native.kernel_names(), len(seconds) >= 3 and min(seconds) > 0)
 """
 
 

@@ -19,6 +19,7 @@ from qhub_onnxruntime.graph import MICROSOFT, Graph
 from qhub_onnxruntime.linear import Linears, Quantized
 
 LOGITS_FROM = "logits_from"
+ROPE = "rope."  # the beginning of the names of rotary tables
 _END = np.iinfo(np.int64).max
 _QUERY_KEY = ("query", "key")
 
@@ -129,7 +130,7 @@ class DecoderGraph:
     def _tables(self, index: int) -> tuple[str, str]:
         """Cosines and sines (context, half) of rotary table `index`, in float32 as transformers computes angles."""
         frequencies, factor = self.config.tables[index]
-        names = f"rope.{index}.cos", f"rope.{index}.sin"
+        names = f"{ROPE}{index}.cos", f"{ROPE}{index}.sin"
         if names[0] not in self.graph.initializers:
             angles = np.arange(self.config.context, dtype=np.float32)[:, None] * frequencies
             for name, function in zip(names, (np.cos, np.sin), strict=True):

@@ -12,12 +12,11 @@ from qhub_onnxruntime.decoder import DecoderGraph
 from qhub_onnxruntime.genai import genai_config
 from qhub_onnxruntime.graph import Graph
 from qhub_onnxruntime.linear import Quantized
-from qhub_onnxruntime.schemes import why_not
+from qhub_onnxruntime.schemes import ENGINE, why_not, why_not_heads
 
-ENGINE, FORMAT = "onnxruntime", "onnx"
+FORMAT = "onnx"
 LAYERS = "qhub.layers"  # metadata: {layer: [scheme, N, K]}
 _COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "added_tokens.json")
-_HEADS_OF = 8
 
 
 def export_decoder(model: Path, out: Path, quantized: Quantized) -> None:
@@ -42,13 +41,10 @@ def export_decoder(model: Path, out: Path, quantized: Quantized) -> None:
 
 
 def _check(files: DecoderFiles) -> None:
-    reasons = {name: why_not(scheme) for name, scheme in files.schemes.items()}
-    for name, reason in reasons.items():
-        if reason is not None:
-            raise Unsupported(f"{reason}: layer `{name}`", hint="`--plugin hf` carries it")
-    if files.config.dim % _HEADS_OF:
-        message = f"ONNX Runtime's attention takes heads of a multiple of {_HEADS_OF} numbers; these have {files.config.dim}"
-        raise Unsupported(message, hint="`--plugin hf` carries it")
+    reasons = {f"{reason}: layer `{name}`" for name, scheme in files.schemes.items() if (reason := why_not(scheme)) is not None}
+    reason = why_not_heads(files.config) or next(iter(sorted(reasons)), None)
+    if reason is not None:
+        raise Unsupported(reason, hint="`--plugin hf` carries it")
 
 
 def _write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - JSON

@@ -28,7 +28,6 @@ Quantized = Callable[[Graph, str, PackedLayer, str], str]
 def matmul_nbits(graph: Graph, name: str, layer: PackedLayer, source: str) -> str:
     """`com.microsoft.MatMulNBits`: codes (N, blocks, bytes), scales (N, blocks), zeros packed (N, bytes)."""
     bits, block = layer.scheme.weight_bits, block_size_of(layer.scheme, layer.inputs)
-    assert block is not None, "`why_not` was asked before"
     width, blocks = width_of(bits), -(-layer.inputs // block)
     inputs = [source, graph.constant(f"{name}{CODES}", in_blocks(layer.codes, bits, layer.inputs, block))]
     inputs.append(graph.constant(f"{name}{SCALES}", per_block(layer.scale, blocks)))

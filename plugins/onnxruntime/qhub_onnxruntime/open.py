@@ -14,6 +14,7 @@ from qhub_onnxruntime.linear import ACCURACY
 from qhub_onnxruntime.providers import providers
 
 FLOAT_LEVEL = 1  # float32 in `accuracy_level`
+_MOST_TEXT = 300
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -60,5 +61,6 @@ def _prepared(path: Path, *, exact: bool) -> bytes:
 
 def _refused(path: Path, error: Exception) -> QhubError:
     missing = "" if (path / DATA).exists() else f"; `{DATA}` is missing"
-    text = " ".join(str(error).split())[:300]
-    return QhubError(f"ONNX Runtime does not open `{path / MODEL}`{missing}: {text}", hint="export the model again")
+    text = " ".join(str(error).split())
+    said = text if len(text) <= _MOST_TEXT else f"… {text[-_MOST_TEXT:]}"  # it begins with where in its sources
+    return QhubError(f"ONNX Runtime does not open `{path / MODEL}`{missing}: {said}", hint="export the model again")

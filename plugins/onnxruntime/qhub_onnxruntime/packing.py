@@ -1,6 +1,6 @@
 """How codes lie in ONNX: little-endian fields of 2, 4 or 8 bits, the first one in the lowest bits; pure functions of arrays.
 
-`MatMulNBits` has blocks of 16 to 256 inputs, a power of two. A group is some blocks with one scale: the same numbers.
+`MatMulNBits` has blocks of 16 to 256 inputs, a power of two. A whole row is some blocks with one scale: the same numbers.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qhub import Artifact, Exporter, ModelProfile, OpenOptions, QuantizedModel, Recipe, Runtime, Scheme, Target, hookimpl
 
 if TYPE_CHECKING:
-    from qhub import QTensor, Session
+    from qhub import GraphSession, QTensor, Session
     from qhub_onnxruntime.linear import Quantized
 
 _FORMAT = "onnx"
@@ -26,24 +26,34 @@ class OnnxExporter(Exporter):
     format = _FORMAT
 
     def reject(self, profile: ModelProfile, scheme: Scheme) -> str | None:
-        """Carries weight-only integer schemes of language models whose groups are made of blocks of 16 inputs."""
+        """Carries weight-only integer schemes of the language models that `qhub.decoder_config` describes, and networks."""
         if profile.task != "llm":
-            return f"`{self.format}` as written here holds language models; this is `{profile.task}`"
-        from qhub_onnxruntime.schemes import why_not
+            return self._why_no_network(profile, scheme)
+        from qhub_onnxruntime.schemes import why_no_decoder, why_not
 
-        return why_not(scheme)
+        return why_not(scheme) or why_no_decoder(Path(profile.path) / "config.json")
 
     def export(self, model: QuantizedModel, out: Path, recipe: Recipe) -> Artifact:
-        """Build the graph, streaming one layer at a time into its data file."""
+        """Build a language model's graph, streaming one layer at a time into its data file; or write a network's."""
         from qhub import folder_digest
-        from qhub_onnxruntime.export import export_decoder
 
-        export_decoder(model.path, out, self._quantized())
+        if model.kind == "graph":
+            from qhub_onnxruntime.network import export_network
+
+            export_network(model.path, out, recipe)
+        else:
+            from qhub_onnxruntime.export import export_decoder
+
+            export_decoder(model.path, out, self._quantized())
         size_bytes, digest = folder_digest(out)
         return Artifact(out, self.format, size_bytes, digest)
 
     def read_layers(self, path: Path) -> Mapping[str, QTensor] | None:
         """Codes, scales and zeros out of the graph's initializers."""
+        from qhub_onnxruntime.network import is_network, network_layers
+
+        if is_network(path):
+            return network_layers(path)
         from qhub_onnxruntime.read import read_layers
 
         return read_layers(path)
@@ -53,6 +63,11 @@ class OnnxExporter(Exporter):
 
         return matmul_nbits
 
+    def _why_no_network(self, profile: ModelProfile, scheme: Scheme) -> str | None:
+        if scheme.group_size is not None:
+            return f"networks as `{self.format}` have one scale per output; scheme `{scheme}` has groups"
+        return None
+
 
 class QdqExporter(OnnxExporter):
     """The same with `DequantizeLinear` of int4 before each `MatMul`, which other engines read too; only if it is named."""
@@ -60,6 +75,9 @@ class QdqExporter(OnnxExporter):
     name = "onnx-qdq"
     summary = "ONNX folder with int4 DequantizeLinear"
     format = "onnx-qdq"
+
+    def _why_no_network(self, profile: ModelProfile, scheme: Scheme) -> str | None:
+        return f"`{self.format}` holds language models; this is `{profile.task}`: `onnx` has such pairs already"
 
     def _quantized(self) -> Quantized:
         from qhub_onnxruntime.linear import dequantize_linear
@@ -86,6 +104,15 @@ class OnnxRuntime(Runtime):
         from qhub_onnxruntime.session import OnnxSession
 
         return OnnxSession(path, options)
+
+    def open_graph(self, path: Path, options: OpenOptions = OpenOptions()) -> GraphSession:  # noqa: B008 - frozen
+        """Open a network's folder or file; `exact` computes between quantize and dequantize in float32.
+
+        :raises Unsupported: when a kernel is asked for.
+        """
+        from qhub_onnxruntime.network_session import NetworkSession
+
+        return NetworkSession(path, options)
 
 
 @hookimpl

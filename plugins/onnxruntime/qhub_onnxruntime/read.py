@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from qhub import QhubError, QTensor, Scheme
+from qhub_onnxruntime.decoder import ROPE
 from qhub_onnxruntime.export import LAYERS
 from qhub_onnxruntime.graph import DATA, MODEL
 from qhub_onnxruntime.linear import CODES, SCALES, ZEROS
@@ -149,6 +150,7 @@ def weight_bytes(path: Path) -> int:
     used += [name for node in model.graph.node for name in node.input if node.op_type == "FusedMatMul"]
     total = 0
     for tensor in model.graph.initializer:
-        if len(tensor.dims) > 1 and (tensor.name not in looked_up or tensor.name in used):
+        table = tensor.name.startswith(ROPE) or (tensor.name in looked_up and tensor.name not in used)
+        if len(tensor.dims) > 1 and not table:
             total += next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), len(tensor.raw_data))
     return total

@@ -1,12 +1,17 @@
-"""Which schemes fit ONNX Runtime's operators, and how."""
+"""Which models and schemes fit ONNX Runtime's operators, and how; reads no weights."""
 
 from __future__ import annotations
 
-from qhub import Scheme
+from pathlib import Path
 
-#: Bits of a field that a code lies in, and inputs per block of `MatMulNBits`.
+from qhub import DecoderConfig, QhubError, Scheme, decoder_config, read_json
+
+ENGINE = "onnxruntime"
+
+#: Bits of a field that a code lies in, and inputs per block of `MatMulNBits` where a whole row has one scale.
 WIDTHS = (2, 4, 8)
-BLOCKS = (256, 128, 64, 32, 16)
+ROW_BLOCKS = (128, 64, 32, 16)
+HEADS_OF = 8  # what numbers in a head are a multiple of
 
 
 def width_of(bits: int) -> int:
@@ -14,19 +19,29 @@ def width_of(bits: int) -> int:
     return next(width for width in WIDTHS if width >= bits)
 
 
-def block_size_of(scheme: Scheme, inputs: int) -> int | None:
-    """Inputs per block of a layer (K = `inputs`): what its groups are made of; None if there is no such block."""
-    if scheme.group_size:
-        return next((size for size in BLOCKS if scheme.group_size % size == 0), None)
-    return next((size for size in BLOCKS[1:] if size <= inputs), BLOCKS[-1])
+def block_size_of(scheme: Scheme, inputs: int) -> int:
+    """Inputs per block of a layer (K = `inputs`): its groups, or pieces of a whole row."""
+    return scheme.group_size or next((size for size in ROW_BLOCKS if size <= inputs), ROW_BLOCKS[-1])
 
 
 def why_not(scheme: Scheme) -> str | None:
     """Why no layer of `scheme` can be multiplied here."""
-    if not scheme.is_weight_only:
-        return f"`onnx` as written here does not carry scheme `{scheme}` of a language model"
-    if not 2 <= scheme.weight_bits <= WIDTHS[-1]:
-        return f"`onnx` has codes of 2 to 8 bits; it does not carry scheme `{scheme}`"
-    if block_size_of(scheme, BLOCKS[0]) is None:
-        return f"`onnx` has blocks of 16 inputs or more, and groups of {scheme.group_size} are not made of those"
-    return None
+    return None if scheme.is_weight_only else f"`onnx` as written here does not carry scheme `{scheme}` of a language model"
+
+
+def why_no_decoder(config: Path) -> str | None:
+    """Why the model with this config.json is not built here; None also where there is no such file to ask."""
+    if not config.is_file():
+        return None
+    try:
+        return why_not_heads(decoder_config(read_json(config), ENGINE))
+    except QhubError as error:
+        return error.message
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        return f"`{config}` lacks or garbles {error}"
+
+
+def why_not_heads(config: DecoderConfig) -> str | None:
+    """Why heads of this size have no attention here."""
+    fits = config.dim % HEADS_OF == 0
+    return None if fits else f"ONNX Runtime's attention takes heads of a multiple of {HEADS_OF} numbers; these have {config.dim}"

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from qhub import DecoderConfig, OpenOptions, QhubError, decoder_config, read_json
 from qhub_onnxruntime.cache import Cache
 from qhub_onnxruntime.decoder import LOGITS_FROM
-from qhub_onnxruntime.export import ENGINE
 from qhub_onnxruntime.open import open_graph
 from qhub_onnxruntime.sampling import drawn
+from qhub_onnxruntime.schemes import ENGINE
 
 
 class OnnxSession:

@@ -28,11 +28,16 @@ class Mean:
 
     sums: dict[tuple[int, ...], tuple[torch.Tensor, int]] = field(default_factory=dict)
 
-    def add(self, op: Op, x: torch.Tensor) -> None:
-        """Take in a batch of what `op` reads: (B, C, …) for a convolution, (…, K) for a linear layer, whose rows are the items."""
+    def add(self, op: Op, x: torch.Tensor) -> bool:
+        """Take in a batch of what `op` reads: (B, C, …) for a convolution, (…, K) for a linear layer, whose rows are the items.
+
+        False when a number in it is not finite.
+        """
         items = x.reshape(-1, x.shape[-1]) if op.kind == "linear" else x
         total, count = self.sums.get(tuple(items.shape[1:]), (torch.zeros(()), 0))
-        self.sums[tuple(items.shape[1:])] = (total + items.sum(0), count + len(items))
+        summed = total + items.sum(0)
+        self.sums[tuple(items.shape[1:])] = (summed, count + len(items))
+        return bool(torch.isfinite(summed).all())
 
     def output(self, graph: Graph, op: Op, weight: torch.Tensor) -> torch.Tensor:
         """The mean output (N,) of `op` with `weight`, without bias: exact, since the operation is linear."""
@@ -56,10 +61,10 @@ class Moments:
     cross: torch.Tensor | None = None
     rows: int = 0
 
-    def add(self, op: Op, x: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Take in a batch of inputs."""
-        self.exact.add(op, x)
+    def add(self, op: Op, x: torch.Tensor, rounded: torch.Tensor) -> bool:
+        """Take in a batch of inputs; False when a number in it is not finite."""
         self.rounded.add(op, rounded)
+        return self.exact.add(op, x)
 
     def add_products(self, taps: torch.Tensor, rounded: torch.Tensor) -> None:
         """Take in taps (G, R, K), exact and rounded."""

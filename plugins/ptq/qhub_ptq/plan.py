@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,25 +23,29 @@ class Plan:
         """Operation → the tensor that it reads rounded, for operations that read one tensor."""
         return {reader: point.tensor for point in self.points for reader in point.readers}
 
+    @cached_property
+    def root(self) -> Mapping[str, str]:
+        """Tensor → the tensor whose grid it has."""
+        return {point.tensor: point.like or point.tensor for point in self.points}
+
     @property
     def own(self) -> tuple[str, ...]:
         """The tensors that have a grid of their own."""
         return tuple(point.tensor for point in self.points if point.like is None)
 
 
-def plan_of(job: GraphJob) -> Plan:
-    """Every layer that has a scheme of integers, and every tensor that somebody then reads rounded."""
-    layers, schemes = layers_of(job)
-    kept_float = {op.name for op in job.graph.ops if op.has_weight and op.layer not in layers}
-    points = [replace(point, readers=tuple(name for name in point.readers if name not in kept_float)) for point in place(job.graph.ops)]
-    points = [point for point in points if point.readers]
-    there = {point.tensor for point in points}
-    points = [point if point.like in there else replace(point, like=None) for point in points]
-    return Plan(layers, schemes, tuple(points), _bits(job, points, {op.name: schemes[name] for name, op in layers.items()}))
+def plan_of(job: GraphJob) -> tuple[Plan, dict[str, str]]:
+    """What `job` asks for, and which layers stay float though a scheme was given for them, with the reason."""
+    asked, schemes = _asked(job)
+    layers = {name: op for name, op in asked.items() if job.scheme.activation != "dynamic" or op.kind == "linear"}
+    left = {name: "stays float: dynamic rounding is for linear layers" for name in asked if name not in layers}
+    schemes = {name: schemes[name] for name in layers}
+    points = _points(job.graph, layers) if job.scheme.activation == "static" else ()
+    return Plan(layers, schemes, points, _bits(job, points, {op.name: schemes[name] for name, op in layers.items()})), left
 
 
-def layers_of(job: GraphJob) -> tuple[dict[str, Op], dict[str, Scheme]]:
-    """The layers that do not stay float: name → the first operation that has it, and its scheme."""
+def _asked(job: GraphJob) -> tuple[dict[str, Op], dict[str, Scheme]]:
+    """The layers that have a scheme: name → the first operation that has it, and the scheme."""
     layers: dict[str, Op] = {}
     schemes: dict[str, Scheme] = {}
     for op in job.graph.ops:
@@ -51,7 +55,15 @@ def layers_of(job: GraphJob) -> tuple[dict[str, Op], dict[str, Scheme]]:
     return layers, schemes
 
 
-def _bits(job: GraphJob, points: list[Point], scheme_of_op: Mapping[str, Scheme]) -> dict[str, int]:
+def _points(graph: Graph, layers: Collection[str]) -> tuple[Point, ...]:
+    """The tensors to round, for everyone but the layers that stay float."""
+    kept_float = {op.name for op in graph.ops if op.has_weight and op.layer not in layers}
+    points = [replace(point, readers=tuple(name for name in point.readers if name not in kept_float)) for point in place(graph.ops)]
+    there = {point.tensor for point in points if point.readers}
+    return tuple(point if point.like in there else replace(point, like=None) for point in points if point.readers)
+
+
+def _bits(job: GraphJob, points: Iterable[Point], scheme_of_op: Mapping[str, Scheme]) -> dict[str, int]:
     """The bits of each tensor: the most that a layer among its readers asks for; tensors of one grid have the same."""
     found: dict[str, int] = {}
     for point in points:
@@ -59,8 +71,3 @@ def _bits(job: GraphJob, points: list[Point], scheme_of_op: Mapping[str, Scheme]
         root = point.like or point.tensor
         found[root] = max([*asked, found.get(root, 0)], default=0)
     return {root: bits or job.scheme.activation_bits for root, bits in found.items()}
-
-
-def tensors_of(graph: Graph, plan: Plan) -> set[str]:
-    """What the layers of the plan read."""
-    return {op.inputs[0] for op in plan.layers.values()}

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -17,6 +18,8 @@ from qhub_ptq.histogram import BINS, Histogram
 
 _STEPS = 24  # shares of each end that are tried
 _KEPT = 0.9999
+_FEWEST = 128  # bins that a range of `entropy` has at least
+_THRESHOLDS = 128  # about as many are tried
 Range = tuple[float, float]
 
 
@@ -27,22 +30,19 @@ def minmax(found: Histogram, bits: int, *, symmetric: bool) -> Range:
 
 def percentile(found: Histogram, bits: int, *, symmetric: bool) -> Range:
     """What is left when the outermost 0.005 % on either side go (all of them on one side, if there is only one)."""
-    total = float(found.counts.sum())
-    if total == 0:
-        return found.low, found.high
     sides = (found.low < 0) + (found.high > 0)
-    allowed = total * (1 - _KEPT) / max(sides, 1)
-    below = int((found.counts.cumsum(0) <= allowed).sum()) if found.low < 0 else 0
-    above = int((found.counts.flip(0).cumsum(0) <= allowed).sum()) if found.high > 0 else 0
-    width = (found.high - found.low) / BINS
-    return min(found.low + below * width, 0.0), max(found.high - above * width, 0.0)
+    allowed = float(found.counts.sum()) * (1 - _KEPT) / max(sides, 1)
+    width = found.top / BINS
+    below = int((found.counts.cumsum(0) <= allowed).sum())
+    above = int((found.counts.flip(0).cumsum(0) <= allowed).sum())
+    return max(found.low, below * width - found.top) if found.low < 0 else 0.0, min(found.high, found.top - above * width)
 
 
 def mse(found: Histogram, bits: int, *, symmetric: bool) -> Range:
-    """The ends of least expected squared error, each searched from all of it down to a third."""
+    """The ends of least expected squared error, each searched from all of it down to a third (a tenth for few bits)."""
     if found.high <= found.low:
         return found.low, found.high
-    shares = torch.linspace(1.0, 0.3, _STEPS, dtype=torch.float64)
+    shares = torch.linspace(1.0, 0.3 if bits == 8 else 0.1, _STEPS, dtype=torch.float64)
     lows, highs = torch.meshgrid(shares * found.low, shares * found.high, indexing="ij")
     ends = torch.unique(torch.stack([lows.reshape(-1), highs.reshape(-1)]), dim=1)
     if symmetric:
@@ -65,15 +65,21 @@ def _squared_errors(found: Histogram, ends: torch.Tensor, bits: int, *, symmetri
 
 
 def entropy(found: Histogram, bits: int, *, symmetric: bool) -> Range:
-    """The symmetric threshold whose rounded distribution is least far from the clipped one."""
-    levels = 1 << (bits - 1) if found.low < 0 else 1 << bits
+    """The threshold for sizes whose rounded distribution is least far from the clipped one.
+
+    The bin at zero counts as much as the next one, as in TensorRT's calibrator: what a ReLU has set to zero is rounded
+    without error, and would outweigh everything else.
+    """
     most = max(-found.low, found.high)
     if most <= 0:
         return found.low, found.high
-    folded = torch.histogram(found.centers.abs(), BINS, range=(0.0, most), weight=found.counts).hist
-    candidates = range(levels, BINS + 1, max((BINS - levels) // 96, 1))
-    best = min(candidates, key=lambda kept: _divergence(folded, kept, levels))
-    threshold = most * best / BINS
+    levels = 1 << (bits - 1) if found.low < 0 or symmetric else 1 << bits
+    used = min(math.ceil(most / found.top * BINS), BINS)
+    sizes = found.of_sizes()[:used]
+    sizes[0] = sizes[1]
+    candidates = range(min(max(levels, _FEWEST), used), used + 1, max(used // _THRESHOLDS, 1))
+    best = min(candidates, key=lambda kept: _divergence(sizes, kept, levels))
+    threshold = found.top * best / BINS
     return max(found.low, -threshold), min(found.high, threshold)
 
 
@@ -98,7 +104,7 @@ def grid_of(ends: Range, bits: int, *, symmetric: bool) -> ActivationGrid:
     """The grid that holds low … high, zero exactly; symmetric: zero in the middle, as signed codes without a zero point want."""
     low, high = min(ends[0], 0.0), max(ends[1], 0.0)
     top = (1 << bits) - 1
-    if symmetric and low < 0:
+    if symmetric:
         half = 1 << (bits - 1)
         scale = max(-low, high) / (half - 1)
         return ActivationGrid(_positive(scale), half, bits)

@@ -2,93 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from qhub import ActivationGrid, Batch, Graph, QTensor, Quantization
+from qhub import ActivationGrid, Graph, Op, Quantization
+from qhub_ptq.calibration import Calibration, not_finite
 from qhub_ptq.histogram import Histogram, histograms
-from qhub_ptq.judge import Judge
-from qhub_ptq.moments import Moments, round_on, taps_of
+from qhub_ptq.layers import round_layers
+from qhub_ptq.moments import round_on
 from qhub_ptq.options import Settings
 from qhub_ptq.plan import Plan
 from qhub_ptq.ranges import RANGES, grid_of
-from qhub_ptq.weights import real, round_for_inputs, round_weight
-
-_PRODUCTS_FROM = 16  # batches at most whose second moments are taken
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The batches, how to round, and whom to ask whether it helped."""
+def round_static(graph: Graph, plan: Plan, data: Calibration) -> Quantization:
+    """How `graph` is rounded.
 
-    batches: Sequence[Batch]
-    settings: Settings
-    judge: Judge
+    :raises QhubError: when a tensor holds a number that is not finite.
+    """
+    activations = grids(_histograms(graph, plan, data), plan, data.settings)
 
-    def watch(self, graph: Graph, tensors: Sequence[str]) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
-        """The tensors of each batch."""
-        return (graph.watch(batch, tensors) for batch in self.batches)
+    def reading(op: Op, x: torch.Tensor) -> torch.Tensor:
+        return round_on(activations.get(plan.input_of.get(op.name, "")), x)
+
+    start = Quantization(activations=activations, readers={point.tensor: point.readers for point in plan.points})
+    return round_layers(graph, plan, data, reading, start)
 
 
-def static(graph: Graph, plan: Plan, data: Calibration) -> Quantization:
-    """How `graph` is rounded."""
-    found = histograms(lambda: data.watch(graph, plan.own))
-    activations = grids(found, plan, data.settings)
-    moments = moments_of(graph, plan, activations, data)
-    weights = round_weights(graph, plan, moments, data.settings)
-    plain = Quantization(weights, activations, {point.tensor: point.readers for point in plan.points})
-    if not data.settings.correct_bias:
-        return plain
-    corrected = replace(plain, biases=corrected_biases(graph, plan, weights, moments))
-    return min((corrected, plain), key=lambda one: data.judge.error(graph.rounded(one)))
+def read_static(tensor: str, batches: Sequence[torch.Tensor], plan: Plan, settings: Settings) -> list[torch.Tensor]:
+    """Batches of a tensor as they are read back, on a grid for themselves."""
+    found = Histogram()
+    for x in batches:
+        found.add(x)
+    grid = grid_for(found, plan.bits[plan.root[tensor]], settings)
+    return [round_on(grid, x) for x in batches]
 
 
 def grids(found: Mapping[str, Histogram], plan: Plan, settings: Settings) -> dict[str, ActivationGrid]:
     """The grid of every rounded tensor."""
-    own = {}
-    for tensor in plan.own:
-        ends = RANGES[settings.range](found[tensor], plan.bits[tensor], symmetric=settings.symmetric)
-        own[tensor] = grid_of(ends, plan.bits[tensor], symmetric=settings.symmetric)
-    return {point.tensor: own[point.like or point.tensor] for point in plan.points}
+    own = {tensor: grid_for(found[tensor], plan.bits[tensor], settings) for tensor in plan.own}
+    return {point.tensor: own[plan.root[point.tensor]] for point in plan.points}
 
 
-def moments_of(graph: Graph, plan: Plan, activations: Mapping[str, ActivationGrid], data: Calibration) -> dict[str, Moments]:
-    """What is needed of every layer's input, from one pass."""
-    found = {layer: Moments() for layer in plan.layers}
-    compensated = {layer for layer, scheme in plan.schemes.items() if scheme.weight_bits < 8 and data.settings.compensate}
-    if not compensated and not data.settings.correct_bias:
-        return found
-    tensors = sorted({op.inputs[0] for op in plan.layers.values()})
-    for index, watched in enumerate(data.watch(graph, tensors)):
-        seen = dict(watched)
-        for layer, op in plan.layers.items():
-            x = seen[op.inputs[0]].float()
-            rounded = round_on(activations.get(plan.input_of.get(op.name, "")), x)
-            found[layer].add(op, x, rounded)
-            if layer in compensated and index < _PRODUCTS_FROM:
-                found[layer].add_products(taps_of(graph, op, x), taps_of(graph, op, rounded))
-    return found
+def grid_for(found: Histogram, bits: int, settings: Settings) -> ActivationGrid:
+    """The grid for numbers that lie so."""
+    return grid_of(RANGES[settings.range](found, bits, symmetric=settings.symmetric), bits, symmetric=settings.symmetric)
 
 
-def round_weights(graph: Graph, plan: Plan, moments: Mapping[str, Moments], settings: Settings) -> dict[str, QTensor]:
-    """The codes of every layer."""
-    found = {}
-    for layer, scheme in plan.schemes.items():
-        weight = graph.weight(layer)
-        if moments[layer].gram is not None:
-            found[layer] = round_for_inputs(weight, scheme.weight_bits, moments[layer])
-        else:
-            found[layer] = round_weight(weight, scheme.weight_bits, reduce_range=settings.reduce_range)
-    return found
-
-
-def corrected_biases(graph: Graph, plan: Plan, weights: Mapping[str, QTensor], moments: Mapping[str, Moments]) -> dict[str, torch.Tensor]:
-    """Biases less the mean by which rounding moves each layer's outputs (arXiv 1906.04721, measured instead of assumed)."""
-    found = {}
-    for layer, op in plan.layers.items():
-        weight, bias, seen = graph.weight(layer), graph.bias(layer), moments[layer]
-        moved = seen.rounded.output(graph, op, real(weight, weights[layer])) - seen.exact.output(graph, op, weight)
-        found[layer] = (torch.zeros(len(weight)) if bias is None else bias) - moved
-    return found
+def _histograms(graph: Graph, plan: Plan, data: Calibration) -> dict[str, Histogram]:
+    try:
+        return histograms(data.watch(graph, plan.own))
+    except ValueError as error:
+        raise not_finite(graph, str(error)) from None

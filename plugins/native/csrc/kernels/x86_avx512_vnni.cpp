@@ -15,18 +15,21 @@ namespace {
 constexpr int kRows = 12;        // rows of activations that a pair of blocks meets at once: 24 of 32 registers are sums
 constexpr int kFewRows = 3;      // up to here memory decides: one block at a time is one stream to read
 constexpr size_t kAhead = 8192;  // bytes between the codes that are multiplied and those that memory is asked for
+constexpr size_t kScalesAhead = 32 * kBlock;  // the same for scales and zeros, in numbers: 32 groups
 
 inline __m512i line_at(const uint8_t* address) { return _mm512_loadu_si512(address); }
-inline void ask_for(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0); }
+inline void ask_for(const void* line) { _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0); }
 
 inline __m512 scales(const Weights& w, size_t block, size_t g) {
   const uint16_t* from = w.scale + (block * groups(w) + g) * kBlock;
+  ask_for(from + kScalesAhead);
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
 inline __m512i zeros(const Weights& w, size_t block, size_t g) {
   if (!w.zero) return _mm512_set1_epi32(1 << (w.bits - 1));
   const uint8_t* from = w.zero + (block * groups(w) + g) * kBlock;
+  ask_for(from + kScalesAhead);
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
@@ -214,11 +217,24 @@ void multiply_exact(const Weights& w, const float* x, const Tile& tile) {
 }
 
 size_t panel_bytes(const Weights&) { return 0; }
+uint64_t spin(size_t steps) {
+  constexpr size_t kChains = 12, kOperations = 128;
+  const __m512i codes = _mm512_set1_epi8(1);
+  __m512i sums[kChains] = {};
+  for (size_t step = 0; step < steps; ++step)
+#pragma GCC unroll 12
+    for (__m512i& sum : sums) {
+      sum = _mm512_dpbusd_epi32(sum, codes, codes);
+      __asm__ volatile("" : "+v"(sum));
+    }
+  return steps * kChains * kOperations;
+}
+
 bool runs(const Cpu& cpu) { return cpu.avx512_vnni; }
 
 }  // namespace
 
-const Kernel x86_avx512_vnni{"avx512_vnni", runs, quantize, multiply, multiply_exact, panel_bytes};
+const Kernel x86_avx512_vnni{"avx512_vnni", runs, quantize, multiply, multiply_exact, panel_bytes, spin};
 
 }  // namespace qhub
 

@@ -57,11 +57,24 @@ inline void group_sums(const uint8_t* line, size_t group, const int8_t* const* q
 
 #include "x86_avx2.inc"
 
+uint64_t spin(size_t steps) {
+  constexpr size_t kChains = 12, kOperations = 64;
+  const __m256i codes = _mm256_set1_epi8(1);
+  __m256i sums[kChains] = {};
+  for (size_t step = 0; step < steps; ++step)
+#pragma GCC unroll 12
+    for (__m256i& sum : sums) {
+      sum = _mm256_dpbusd_avx_epi32(sum, codes, codes);
+      __asm__ volatile("" : "+x"(sum));
+    }
+  return steps * kChains * kOperations;
+}
+
 bool runs(const Cpu& cpu) { return cpu.avx_vnni; }
 
 }  // namespace
 
-const Kernel x86_avx_vnni{"avx_vnni", runs, quantize, multiply, multiply_exact, panel_bytes};
+const Kernel x86_avx_vnni{"avx_vnni", runs, quantize, multiply, multiply_exact, panel_bytes, spin};
 
 }  // namespace qhub
 
