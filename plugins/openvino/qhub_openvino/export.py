@@ -34,7 +34,7 @@ def export_decoder(model: Path, out: Path) -> None:
             raise QhubError(f"`{model}` does not fit its config.json: {_first_line(error)}", hint="quantize the model again") from error
         layers = {name: [str(scheme), *files.shape(name)] for name, scheme in files.schemes.items()}
         built.set_rt_info(json.dumps(layers, sort_keys=True), [FACTS, LAYERS])
-        _name_nodes(built)
+        name_nodes(built)
         ov.save_model(built, out / MODEL, compress_to_fp16=False)
         del built
     config = read_json(model / "config.json")
@@ -45,7 +45,7 @@ def export_decoder(model: Path, out: Path) -> None:
         _convert_tokenizer(out)
 
 
-def _name_nodes(model: ov.Model) -> None:
+def name_nodes(model: ov.Model) -> None:
     """Nodes that have no name of ours are numbered by their place: OpenVINO counts all that the process ever made."""
     for index, node in enumerate(model.get_ordered_ops()):
         if node.get_friendly_name() == node.get_name():

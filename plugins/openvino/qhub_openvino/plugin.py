@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qhub import Artifact, Exporter, ModelProfile, OpenOptions, QuantizedModel, Recipe, Runtime, Scheme, Target, hookimpl
 
 if TYPE_CHECKING:
-    from qhub import QTensor, Session
+    from qhub import GraphSession, QTensor, Session
 
 _FORMAT = "openvino"
 _NEEDED = ("openvino", "numpy")
@@ -25,24 +25,34 @@ class OpenVinoExporter(Exporter):
     format = _FORMAT
 
     def reject(self, profile: ModelProfile, scheme: Scheme) -> str | None:
-        """Carries weight-only integer schemes of the language models that `qhub.decoder_config` describes."""
+        """Carries weight-only integer schemes of the language models that `qhub.decoder_config` describes, and networks."""
         if profile.task != "llm":
-            return f"`{self.format}` as written here holds language models; this is `{profile.task}`"
+            return _why_no_network(scheme)
         from qhub_openvino.schemes import why_no_decoder, why_not
 
         return why_not(scheme) or why_no_decoder(Path(profile.path) / "config.json")
 
     def export(self, model: QuantizedModel, out: Path, recipe: Recipe) -> Artifact:
-        """Build the IR; what lies in the model's files goes from there to the new one."""
+        """Build a language model's IR, whose weights go from file to file; or convert a network's."""
         from qhub import folder_digest
-        from qhub_openvino.export import export_decoder
 
-        export_decoder(model.path, out)
+        if model.kind == "graph":
+            from qhub_openvino.network import export_network
+
+            export_network(model.path, out, recipe)
+        else:
+            from qhub_openvino.export import export_decoder
+
+            export_decoder(model.path, out)
         size_bytes, digest = folder_digest(out)
         return Artifact(out, self.format, size_bytes, digest)
 
     def read_layers(self, path: Path) -> Mapping[str, QTensor] | None:
         """Codes, scales and zeros out of the IR's constants."""
+        from qhub_openvino.network import is_network, network_layers
+
+        if is_network(path):
+            return network_layers(path)
         from qhub_openvino.read import read_layers
 
         return read_layers(path)
@@ -69,6 +79,18 @@ class OpenVinoRuntime(Runtime):
         from qhub_openvino.session import OpenVinoSession
 
         return OpenVinoSession(path, options)
+
+    def open_graph(self, path: Path, options: OpenOptions = OpenOptions()) -> GraphSession:  # noqa: B008 - frozen
+        """Open a network's folder; `exact` computes in float32 what is not rounded."""
+        from qhub_openvino.network_session import NetworkSession
+
+        return NetworkSession(path, options)
+
+
+def _why_no_network(scheme: Scheme) -> str | None:
+    if scheme.group_size is not None:
+        return f"networks as `{_FORMAT}` have one scale per output; scheme `{scheme}` has groups"
+    return None
 
 
 @hookimpl

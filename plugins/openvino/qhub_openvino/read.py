@@ -57,14 +57,14 @@ class IRFile:
 
     def fields(self, name: str, width: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
         """The codes of `width` bits in the constant `name`, as they lie there; shape (rows, columns)."""
-        node, count = self._constant(name), shape[0] * shape[1]
+        node, count = self.constant(name), shape[0] * shape[1]
         if int(np.prod(list(node.shape))) != count or node.get_element_type().bitwidth != width:
             raise self.damaged(f"`{name}` does not have the type or the size it should have")
         return unfields(node.get_tensor_view().data.reshape(-1).view(np.uint8), width, count).reshape(shape)
 
     def scales(self, name: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         """The constant `name` of floating-point numbers."""
-        node = self._constant(name)
+        node = self.constant(name)
         if int(np.prod(list(node.shape))) != shape[0] * shape[1]:
             raise self.damaged(f"`{name}` does not have the size it should have")
         return np.array(node.data, dtype=np.float32).reshape(shape)
@@ -73,7 +73,12 @@ class IRFile:
         """The error to raise."""
         return QhubError(f"`{self.path / MODEL}` is damaged: {' '.join(what.split())}", hint="export the model again")
 
-    def _constant(self, name: str) -> ov.op.Constant:
+    def has(self, name: str) -> bool:
+        """Whether there is a constant `name`."""
+        return name in self.constants
+
+    def constant(self, name: str) -> ov.op.Constant:
+        """The constant `name`."""
         if name not in self.constants:
             raise self.damaged(f"it has no `{name}`")
         return self.constants[name]
