@@ -2,7 +2,7 @@
 # torch comes first and alone, so that a machine can choose its build: TORCH="torch==2.13.0+cpu", PIP_EXTRA_INDEX_URL=…
 PYTHON ?= python3
 TORCH ?= torch>=2.6,<2.14
-PLUGINS := rtn awq gptq hf demo native onnxruntime ptq qat
+PLUGINS := rtn awq gptq hf demo native onnxruntime openvino ptq qat
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := .demo/run

@@ -25,7 +25,7 @@ LAYERS = (
     ("cli", "__main__"),
 )
 SIBLINGS_ALLOWED = {("prove", "quantize.store"), ("prove", "quantize.layouts.reader")}
-PLUGINS = ("awq", "demo", "gptq", "hf", "native", "onnxruntime", "ptq", "qat", "rtn")
+PLUGINS = ("awq", "demo", "gptq", "hf", "native", "onnxruntime", "openvino", "ptq", "qat", "rtn")
 
 
 def imports_of(file: Path) -> Iterator[str]:

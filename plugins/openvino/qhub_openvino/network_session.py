@@ -1,0 +1,72 @@
+"""A network that is no language model, opened by OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qhub import GraphInput, OpenOptions, QhubError
+from qhub_openvino.devices import device_of, settings
+from qhub_openvino.export import MODEL
+from qhub_openvino.network import NETWORK, facts
+from qhub_openvino.open import read_ir, reason
+from qhub_openvino.vendor import ov
+
+
+class NetworkSession:
+    """The network in a folder; `inputs` and `outputs` are those of the file."""
+
+    def __init__(self, path: Path, options: OpenOptions) -> None:
+        core, model = read_ir(path)
+        self._path = path / MODEL
+        self.inputs = tuple(_described(item) for item in model.inputs)
+        self.outputs = tuple(item.any_name for item in model.outputs)
+        device = device_of(core, options)
+        given = settings(device, options, cached=False)
+        if device == "CPU" and not options.exact and any(said["dynamic"] for said in facts(model, NETWORK).values()):
+            given |= _DYNAMIC
+        try:
+            self._request: ov.InferRequest | None = core.compile_model(model, device, given).create_infer_request()
+        except RuntimeError as error:
+            raise QhubError(f"OpenVINO does not compile `{self._path}`: {reason(error)}", hint="export the model again") from None
+
+    def run(self, batch: Mapping[str, NDArray[np.generic]]) -> tuple[NDArray[np.float32], ...]:
+        """The outputs for one batch (input name → array, axis 0 the items).
+
+        :raises QhubError: when an input is missing or has a shape that the network does not take.
+        """
+        assert self._request is not None, "closed"
+        feeds = {item.name: self._fitting(item, batch) for item in self.inputs}
+        try:
+            made = self._request.infer(feeds, share_inputs=True, share_outputs=False)
+        except RuntimeError as error:
+            raise QhubError(f"OpenVINO does not run `{self._path}`: {reason(error)}", hint="export the model again") from None
+        return tuple(made[name] for name in self.outputs)
+
+    def close(self) -> None:
+        """Give memory back."""
+        self._request = None
+
+    def _fitting(self, item: GraphInput, batch: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
+        """The array for an input, in its number format."""
+        array = batch.get(item.name)
+        if array is None:
+            message = f"`{self._path}` takes `{item.name}`, which the batch lacks: it has {', '.join(batch)}"
+            raise QhubError(message, hint="name the arrays so")
+        if array.ndim != len(item.shape) or any(size not in (-1, found) for size, found in zip(item.shape, array.shape, strict=True)):
+            wanted, found = ("×".join("any" if size < 0 else str(size) for size in shape) for shape in (item.shape, array.shape))
+            message = f"`{item.name}` of `{self._path}` takes {wanted}; the data is {found}"
+            raise QhubError(message, hint="check the preprocessing of the data")
+        return np.ascontiguousarray(array, dtype=item.dtype)
+
+
+#: Rows of activations are rounded to int8 while the network runs, which OpenVINO does to float32 only.
+_DYNAMIC = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(2**64 - 1)}
+
+
+def _described(item: ov.Output) -> GraphInput:
+    shape = tuple(size.get_length() if size.is_static else -1 for size in item.partial_shape)
+    return GraphInput(item.any_name, shape, np.dtype(item.element_type.to_dtype()).name)
