@@ -53,17 +53,23 @@ def trained():
     return model.eval()
 
 
-def job_for(work, scheme="w4a4-static", *, count=96, labels=True, overrides=None, **changes):
-    """A job on the trained network; what is told of progress lands in `job.told`."""
+def job_for(work, scheme="w4a4-static", *, count=96, labels=True, **changes):
+    """(a job on the trained network and new pictures, what is told of its progress)."""
     x, y = pictures(count, seed=1)
-    told = []
-    chosen = Scheme.parse(scheme)
+    graph = TorchGraph.of(trained(), inputs_of({"x": x[:2]}), ("logits",))
+    return job_of(graph, (x, y if labels else None), work, scheme, **changes)
+
+
+def job_of(graph, data, work, scheme="w4a4-static", *, overrides=None, **changes):
+    """(a job on `graph` and pictures with labels, the list that its progress is told to)."""
+    (x, y), told, chosen = data, [], Scheme.parse(scheme)
+    starts = range(0, len(x), 32)
     facts = {
-        "graph": TorchGraph.of(trained(), inputs_of({"x": x[:2]}), ("logits",)),
+        "graph": graph,
         "scheme": chosen,
         "scheme_of": lambda layer: (overrides or {}).get(layer, chosen),
-        "calibration": lambda: ({"x": x[start : start + 32]} for start in range(0, count, 32)),
-        "labels": (lambda: (y[start : start + 32] for start in range(0, count, 32))) if labels else None,
+        "calibration": lambda: ({"x": x[start : start + 32]} for start in starts),
+        "labels": None if y is None else lambda: (y[start : start + 32] for start in starts),
         "drop_pct": lambda graph: 0.0,
         "max_drop_pct": 100.0,
         "work": work,
