@@ -12,6 +12,7 @@ from qhub.errors import QhubError
 from qhub.graph.store import QuantizedGraph
 from qhub.graph.values import Batch
 from qhub.plugins import missing_modules
+from qhub.types import OpenOptions
 
 if TYPE_CHECKING:
     from qhub.interfaces import Exporter, Runtime
@@ -36,10 +37,9 @@ def check_artifact(
     agreed = np.concatenate([(one.argmax(-1) == other.argmax(-1)).reshape(-1) for one, other in zip(expected, found, strict=True)])
     span = max(float(one.max() - one.min()) for one in expected)
     count = sum(len(one) for one in expected)
-    how = (
-        f"opened with `{runtime.name}`; {count} items: largest difference {max(differences):.2g} of a span of {span:.3g}, "
-        f"same first answer {100 * float(agreed.mean()):.1f} %{codes}"
-    )
+    opened = f"opened with `{runtime.name}`{' (exact path)' if runtime.rounds_activations else ''}"
+    far = f"largest difference {max(differences):.2g} of a span of {span:.3g}, same first answer {100 * float(agreed.mean()):.1f} %"
+    how = f"{opened}; {count} items: {far}{codes}"
     return {
         "checked": True,
         "max_abs_diff": max(differences),
@@ -73,7 +73,7 @@ def first_difference(ours: Mapping[str, QTensor], theirs: Mapping[str, QTensor])
 
 
 def _outputs(runtime: Runtime, artifact: Path, batches: Sequence[Batch]) -> list[Any]:
-    session = runtime.open_graph(artifact)
+    session = runtime.open_graph(artifact, OpenOptions(exact=runtime.rounds_activations))
     try:
         return [np.asarray(session.run(batch)[0]) for batch in batches]
     finally:
