@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,9 @@ def with_task(found: ModelProfile, source: ModelSource, given: tuple[str | None,
     """The profile with what the network is for, taken from the data it is fed where nothing else tells."""
     if found.task != "unknown":
         return found
-    return replace(found, task=_TASKS[read_data(data_of_run(source, given, plugins)[0]).kind])
+    with contextlib.suppress(QhubError):  # what cannot be read is said when it is used
+        return replace(found, task=_TASKS[read_data(data_of_run(source, given, plugins)[0]).kind])
+    return found
 
 
 @dataclass(frozen=True)

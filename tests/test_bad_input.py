@@ -450,7 +450,7 @@ CASES = (
         **RECIPE),
     Case("a recipe with an unknown key", recipe(colour="red"), 2,
         "`out/recipe.yaml`: `recipe` has the unknown key `colour`",
-        "known: model, model_path, …, versions, hardware",
+        "known: model, model_path, …, versions, hardware, preprocess",
         **OTHER),
     Case("a recipe with a bad value", recipe(seed="many"), 2,
         "`out/recipe.yaml`: `recipe.seed` is `many`, which is not a number from 0 up",

@@ -170,10 +170,8 @@ def _of_choice(search: Search, choice: _Choice, rejected: list[Rejected]) -> Ite
     ]
     if not candidates and not (search.wanted.exporters or search.wanted.runtimes):  # the QuantizedModel itself is what there is
         missing = tuple(entry.distribution for entry in search.registry.finishers(choice.target, search.profile.task))
-        alone = Way(missing=missing)
-        candidates = [
-            ranked for place, method in enumerate(found) for ranked in _candidate(search, choice, _Pair(method, alone, place), rejected)
-        ]
+        alone = [_Pair(method, Way(missing=missing), place) for place, method in enumerate(found) if method.quantizers[-1].graph]
+        candidates = [ranked for pair in alone for ranked in _candidate(search, choice, pair, rejected)]
     yield from candidates
 
 
