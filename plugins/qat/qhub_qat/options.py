@@ -11,9 +11,9 @@ from qhub import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a network is trained; `lr` 0 is chosen by the bits."""
+    """How a network is trained; `epochs` and `lr` of 0 are chosen by the bits."""
 
-    epochs: int = 10
+    epochs: int = 0
     lr: float = 0.0
     rounds: int = 3
     batch: int = 64
@@ -40,7 +40,7 @@ def _number(value: Any, low: float, high: float, *, whole: bool = False) -> bool
 
 
 _RULES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "epochs": ("a whole number from 1 to 10000", lambda value: _number(value, 1, 10_000, whole=True)),
+    "epochs": ("a whole number from 0 (chosen by the bits) to 10000", lambda value: _number(value, 0, 10_000, whole=True)),
     "lr": ("a number from 0 (chosen by the bits) to 1", lambda value: _number(value, 0, 1)),
     "rounds": ("a whole number from 1 to 10", lambda value: _number(value, 1, 10, whole=True)),
     "batch": ("a whole number from 1 to 4096", lambda value: _number(value, 1, 4096, whole=True)),

@@ -20,7 +20,8 @@ from qhub_qat.teacher import Score, Teacher, by_channels_last
 from qhub_qat.train import Course, Progress, Round, Trainer, put_state, starting_with, state_of
 
 _FIRST_LOOK = 8  # batches that the ranges begin with
-_RATES = ((4, 1e-4), (8, 1e-5))  # weights or tensors of at most so many bits → learning rate
+#: Weights or tensors of at most so many bits → learning rate and epochs. At 8 bits little is to be won, and much to be forgotten.
+_PACES = ((4, 1e-4, 10), (8, 1e-5, 4))
 #: What each round changes, in turn: learning rate, epochs, share of the labels, each times so much.
 _ADJUSTMENTS = ((1.0, 1, 1.0), (1 / 3, 1, 0.0), (2.0, 2, 1.0))
 
@@ -52,8 +53,8 @@ def _course(job: GraphJob, graph: TorchGraph, settings: Settings) -> Course:
 
 def _first_round(job: GraphJob, settings: Settings) -> Round:
     bits = min(job.scheme.weight_bits, job.scheme.activation_bits)
-    lr = settings.lr or next(rate for most, rate in _RATES if bits <= most)
-    return Round(0, lr, settings.epochs, settings.labels)
+    lr, epochs = next((lr, epochs) for most, lr, epochs in _PACES if bits <= most)
+    return Round(0, settings.lr or lr, settings.epochs or epochs, settings.labels)
 
 
 def adjusted(base: Round, index: int) -> Round:

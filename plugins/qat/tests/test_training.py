@@ -169,7 +169,7 @@ def test_what_it_cannot_train_is_said_before_any_work(facts, scheme, why):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 0), ("epochs", 2.5), ("lr", -1), ("rounds", True), ("augment", "on"), ("edges", 8), ("held", 0.9), ("labels", "all")],
+    [("epochs", -1), ("epochs", 2.5), ("lr", -1), ("rounds", True), ("augment", "on"), ("edges", 8), ("held", 0.9), ("labels", "all")],
     ids=lambda value: str(value),
 )
 def test_an_option_with_a_wrong_value_is_a_usage_error(name, value):
@@ -240,3 +240,10 @@ def test_only_pictures_are_augmented(shape, wanted, changes):
 def test_nothing_to_quantize_is_an_error(tmp_path):
     with pytest.raises(QhubError, match="no layer to quantize"):
         Qat(**FAST).quantize_graph(job_for(tmp_path, scheme_of=lambda layer: None)[0])
+
+
+@pytest.mark.parametrize(("scheme", "epochs"), [("w8a8-static", 4), ("w4a8-static", 10), ("w4a4-static", 10)])
+def test_fewer_bits_are_trained_longer(tmp_path, scheme, epochs):
+    job, told = job_for(tmp_path, scheme, count=32)
+    Qat(rounds=1, patience=100).quantize_graph(job)
+    assert told[0][:2] == (1, epochs)
