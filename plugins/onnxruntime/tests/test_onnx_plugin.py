@@ -29,7 +29,7 @@ def profile(task="llm", path="m"):
         ("llm", "w3a16-channel-sym", None),
         ("llm", "w8a8-static", "`onnx` as written here does not carry scheme `w8a8-static` of a language model"),
         ("llm", "nf4", "`onnx` as written here does not carry scheme `nf4` of a language model"),
-        ("vision", "w4a16-g32-asym", "`onnx` as written here holds language models; this is `vision`"),
+        ("vision", "w4a16-g32-asym", "networks as `onnx` have one scale per output; scheme `w4a16-g32-asym` has groups"),
     ],
 )
 def test_what_is_not_carried_is_refused_with_the_reason(task, scheme, reason):
