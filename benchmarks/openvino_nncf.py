@@ -90,7 +90,11 @@ def measure(run: Path, rounds: int) -> dict[str, Any]:
     """One run's figures."""
     recipe = from_yaml((run / "recipe.yaml").read_text(encoding="utf-8"))
     calibration, evaluation = feed(recipe, recipe.calibration, seed=recipe.seed or None), feed(recipe, recipe.evaluation)
-    items = [{name: values[index : index + 1] for name, values in batch.items()} for batch in calibration.batches() for index in range(len(next(iter(batch.values()))))][:300]
+    items = [
+        {name: values[index : index + 1] for name, values in batch.items()}
+        for batch in calibration.batches()
+        for index in range(len(next(iter(batch.values()))))
+    ][:300]
     with tempfile.TemporaryDirectory() as work:
         floating = export_float(float_graph(RunDir(run), recipe, calibration), recipe, OpenVinoExporter(), Path(work) / "float")
         return compared(run, floating, (recipe.scheme, items, evaluation), rounds)
@@ -104,14 +108,19 @@ def compared(run: Path, floating: Path, data: tuple[str, list[Batch], Any], roun
     longest = max(items, key=lambda item: max(values.size for values in item.values()))
     for threads in (1, 2):
         options = OpenOptions(threads=threads)
-        sessions: dict[str, Any] = {"float": NetworkSession(floating, options), "qhub": NetworkSession(run / "artifact" / "openvino", options)}
+        sessions: dict[str, Any] = {
+            "float": NetworkSession(floating, options),
+            "qhub": NetworkSession(run / "artifact" / "openvino", options),
+        }
         sessions |= {name: Compiled(model, threads) for name, model in models.items()}
         if threads == 1 and evaluation.has_labels:
             labels = [int(one) for part in evaluation.labels() for one in np.asarray(part).reshape(-1)]
             result["accuracy_pct"] = {name: right(session, evaluation.batches(), labels) for name, session in sessions.items()}
         for batch in (1, 32):
             found = timed(sessions, repeated(longest, batch), rounds)
-            result["latency_ms"][f"{threads} threads, batch {batch}"] = {name: [round(statistics.median(times), 3), round(min(times), 3)] for name, times in found.items()}
+            result["latency_ms"][f"{threads} threads, batch {batch}"] = {
+                name: [round(statistics.median(times), 3), round(min(times), 3)] for name, times in found.items()
+            }
     return result
 
 

@@ -1,4 +1,4 @@
-"""What is done to a network's IR after the frontend read it: the forms that OpenVINO's plugins compute in integers, with the same numbers."""
+"""What is done to a network's IR after the frontend read it: the forms that OpenVINO computes in integers, with the same numbers."""
 
 from __future__ import annotations
 
@@ -125,7 +125,10 @@ def _narrow(model: ov.Model, kind: ov.Type) -> None:
         small = _rounded(numbers, kind)
         if small is None:
             continue
-        stored = ops.constant(ov.Tensor(small, ov.Shape(list(node.shape)), kind))
+        shape = ov.Shape(list(node.shape))
+        held = ov.Tensor(kind, shape)  # memory of its own, which the constant shares
+        held.copy_from(ov.Tensor(small, shape, kind))
+        stored = ops.constant(held, shared_memory=True)
         stored.set_friendly_name(node.get_friendly_name())
         _replace(node, ops.convert(stored, "f32").output(0))
 
