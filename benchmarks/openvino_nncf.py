@@ -36,7 +36,7 @@ class Compiled:
     """A model of NNCF's, opened as our sessions open one."""
 
     def __init__(self, model: ov.Model, threads: int) -> None:
-        compiled = ov.Core().compile_model(model, "CPU", settings("CPU", OpenOptions(threads=threads), cached=False))
+        compiled = ov.Core().compile_model(model, "CPU", settings("CPU", OpenOptions(threads=threads)))
         self._request, self.names = compiled.create_infer_request(), [item.any_name for item in model.inputs]
 
     def run(self, batch: Batch) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qhub import GraphInput, OpenOptions, QhubError
 from qhub_openvino.devices import CPU, device_of, settings
-from qhub_openvino.export import MODEL
+from qhub_openvino.export import DATA, MODEL
 from qhub_openvino.network import NETWORK, facts
 from qhub_openvino.open import read_ir, reason
 from qhub_openvino.vendor import ov
@@ -29,7 +29,7 @@ class NetworkSession:
         self.inputs = tuple(_described(item) for item in model.inputs)
         self.outputs = tuple(item.any_name for item in model.outputs)
         device = device_of(core, options)
-        given = settings(device, options, cached=False)
+        given = settings(device, options, (path / DATA).stat().st_size)
         if device == CPU and not options.exact:
             given |= _dynamic(facts(model, NETWORK))
         try:
