@@ -7,6 +7,7 @@ The QuantizedModel's program goes through ONNX, which OpenVINO's frontend reads:
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from qhub import OPENVINO, OnnxOptions, QhubError, Recipe, write_onnx
 from qhub_openvino.export import FACTS, MODEL, name_nodes
+from qhub_openvino.lower import lower
 from qhub_openvino.packing import unfields
 from qhub_openvino.read import IRFile
 from qhub_openvino.vendor import ov
@@ -25,7 +27,7 @@ from qhub_openvino.vendor import ov
 if TYPE_CHECKING:
     from qhub import QTensor
 
-NETWORK = "network"  # rt_info: {layer: {bits, axis of the outputs, dynamic}}
+NETWORK = "network"  # rt_info: {layer: {bits, axis of the outputs, inputs, dynamic}}
 _PROGRAM, _ONNX, _METADATA = "model.pt2", "model.onnx", "qhub.json"
 _CODES, _SCALE, _ZERO = ".weight_codes", ".weight_scale", ".weight_zero"
 
@@ -39,6 +41,7 @@ def export_network(source: Path, out: Path, recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory(dir=out) as work:
         file = _onnx_file(source, Path(work))
         model, layers = _converted(file), _described(file)
+        lower(model, _cast(source))
         model.set_rt_info(json.dumps(layers, sort_keys=True), [FACTS, NETWORK])
         name_nodes(model)
         ov.save_model(model, out / MODEL, compress_to_fp16=False)
@@ -70,6 +73,13 @@ def facts(model: ov.Model, name: str) -> Mapping[str, Any]:
     return found
 
 
+def _cast(source: Path) -> str | None:
+    """In which 16 bits the network's weights are stored, if they are."""
+    path = source / _METADATA
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return next(iter(said.get("casts", {}).values()), None)
+
+
 def _onnx_file(source: Path, work: Path) -> Path:
     if (source / _PROGRAM).is_file():
         write_onnx(source / _PROGRAM, work / _ONNX, OnnxOptions(OPENVINO))
@@ -88,13 +98,19 @@ def _converted(file: Path) -> ov.Model:
 
 
 def _described(file: Path) -> dict[str, dict[str, Any]]:
-    """Of each quantized layer its bits, the axis of its outputs, and whether its input is rounded while it runs."""
+    """Of each quantized layer its bits, the axis of its outputs, its inputs, and whether those are rounded while it runs."""
     import onnx
 
     model = onnx.load_model(file, load_external_data=False)
     about = next((json.loads(item.value) for item in model.metadata_props if item.key == "qhub.layers"), {})
     readers = {name: node for node in model.graph.node for name in node.input}
-    return {name: {**said, "axis": _output_axis(readers[f"{name}{_CODES}"])} for name, said in about.items()}
+    sizes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    found = {}
+    for name, said in about.items():
+        axis = _output_axis(readers[f"{name}{_CODES}"])
+        shape = sizes[f"{name}{_CODES}"]
+        found[name] = {**said, "axis": axis, "inputs": math.prod(shape) // shape[axis]}
+    return found
 
 
 def _output_axis(reader: Any) -> int:  # noqa: ANN401 - onnx's node

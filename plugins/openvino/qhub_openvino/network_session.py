@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qhub import GraphInput, OpenOptions, QhubError
-from qhub_openvino.devices import device_of, settings
-from qhub_openvino.export import MODEL
+from qhub_openvino.devices import CPU, device_of, settings
+from qhub_openvino.export import DATA, MODEL
 from qhub_openvino.network import NETWORK, facts
 from qhub_openvino.open import read_ir, reason
 from qhub_openvino.vendor import ov
+
+_SMALLEST = 32  # OpenVINO rounds no smaller groups
 
 
 class NetworkSession:
@@ -25,9 +29,9 @@ class NetworkSession:
         self.inputs = tuple(_described(item) for item in model.inputs)
         self.outputs = tuple(item.any_name for item in model.outputs)
         device = device_of(core, options)
-        given = settings(device, options, cached=False)
-        if device == "CPU" and not options.exact and any(said["dynamic"] for said in facts(model, NETWORK).values()):
-            given |= _DYNAMIC
+        given = settings(device, options, (path / DATA).stat().st_size)
+        if device == CPU and not options.exact:
+            given |= _dynamic(facts(model, NETWORK))
         try:
             self._request: ov.InferRequest | None = core.compile_model(model, device, given).create_infer_request()
         except RuntimeError as error:
@@ -63,8 +67,10 @@ class NetworkSession:
         return np.ascontiguousarray(array, dtype=item.dtype)
 
 
-#: Rows of activations are rounded to int8 while the network runs, which OpenVINO does to float32 only.
-_DYNAMIC = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(2**64 - 1)}
+def _dynamic(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Inputs that are rounded while the network runs, in the largest groups that all of those layers are made of."""
+    size = math.gcd(*(said["inputs"] for said in layers.values() if said["dynamic"]))
+    return {"DYNAMIC_QUANTIZATION_GROUP_SIZE": str(size)} if size >= _SMALLEST else {}
 
 
 def _described(item: ov.Output) -> GraphInput:

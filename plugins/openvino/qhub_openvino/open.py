@@ -43,7 +43,7 @@ def compile_decoder(path: Path, options: OpenOptions) -> ov.CompiledModel:
         raise Unsupported(f"language models run on the {device} by openvino-genai only, which opens this folder", hint="`--kernel CPU`")
     try:
         _add_logits_from(model)
-        return core.compile_model(model, device, settings(device, options, cached=False))
+        return core.compile_model(model, device, settings(device, options, (path / DATA).stat().st_size))
     except (RuntimeError, StopIteration) as error:
         raise QhubError(f"OpenVINO does not compile `{path / MODEL}`: {reason(error)}", hint="export the model again") from None
 

@@ -26,7 +26,6 @@ def profile(task="llm", path="m"):
         ("llm", "w3a16-channel-sym", None),
         ("llm", "w8a8-static", "`openvino` as written here does not carry scheme `w8a8-static` of a language model"),
         ("llm", "nf4", "`openvino` as written here does not carry scheme `nf4` of a language model"),
-        ("vision", "w4a16-g32-asym", "`openvino` as written here holds language models; this is `vision`"),
     ],
 )
 def test_what_is_not_carried_is_refused_with_the_reason(task, scheme, reason):

@@ -58,7 +58,7 @@ def test_greedy_generation_is_that_of_the_reference(family, exported, opened):
 
 def test_a_prompt_that_is_padded_at_its_left_gives_the_logits_of_its_tokens(model):
     """As openvino-genai gives batches: padding is masked, positions begin with the first token."""
-    request = ov.Core().compile_model(model.artifact / "openvino_model.xml", "CPU", settings("CPU", OpenOptions(exact=True), cached=False))
+    request = ov.Core().compile_model(model.artifact / "openvino_model.xml", "CPU", settings("CPU", OpenOptions(exact=True)))
     ids, mask = np.zeros((1, 30), np.int64), np.zeros((1, 30), np.int64)
     ids[0, 10:], mask[0, 10:] = IDS[0, :20].numpy(), 1
     positions = np.maximum(mask.cumsum(1) - 1, 0)
@@ -140,6 +140,14 @@ def test_exact_sessions_round_nothing_and_threads_are_those_that_were_asked_for(
     assert exact.get_property("KV_CACHE_PRECISION") == ov.Type.f32
     assert [one.get_property("INFERENCE_NUM_THREADS") for one in (exact, rounded)] == [2, 2]
     assert rounded.get_property("NUM_STREAMS") == 1
+
+
+def test_what_was_compiled_of_a_small_model_is_kept_in_the_users_cache(model, opened, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, again = (opened(model.artifact).logits(IDS.numpy()) for _ in range(2))
+    assert list((tmp_path / "qhub" / "openvino").iterdir())
+    assert np.array_equal(first, again)
+    assert "CACHE_DIR" not in settings("CPU", OpenOptions(), 1 << 40)
 
 
 # Files that are not what they should be: one clear error each.
