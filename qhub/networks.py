@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qhub.data.classes import fit_labels
+from qhub.data.preprocess import check_shapes
 from qhub.errors import QhubError
 from qhub.events import Events, Progress
 from qhub.feeding import BATCH, Feed, feed, vocabulary_of
@@ -60,6 +62,8 @@ def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, quantizer: GraphQuan
 
 def _job(run: RunDir, recipe: Recipe, plugins: Plugins, found: Feed, events: Events) -> GraphJob:
     graph = float_graph(run, recipe, found)
+    for data in (recipe.calibration, recipe.evaluation):
+        _check_data(graph, feed(recipe, data).into(graph.inputs) if data is not None else found)
     found = found.into(graph.inputs)
     judge = _Judge(graph, found)
     return GraphJob(
@@ -76,6 +80,17 @@ def _job(run: RunDir, recipe: Recipe, plugins: Plugins, found: Feed, events: Eve
         target=find_target(recipe.target, plugins),
         seed=recipe.seed,
     )
+
+
+def _check_data(graph: Graph, found: Feed) -> None:
+    """Refuse data that the network does not take, before any work.
+
+    :raises QhubError: for inputs of another shape and labels that it has no class for; it names the item.
+    """
+    sample = found.sample()
+    check_shapes(dict(sample), {item.name: tuple(size if size >= 0 else None for size in item.shape) for item in graph.inputs})
+    if not _is_embedding(graph):
+        fit_labels(found.dataset, graph.run(sample)[0].shape[-1])
 
 
 class _Counter:

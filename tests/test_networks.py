@@ -142,10 +142,19 @@ def test_a_network_without_data_asks_for_them(own, plugins):
         pipeline.plan(request(own, calib=None), plugins)
 
 
-def test_data_of_the_wrong_size_are_refused_before_work(own, plugins):
+@pytest.mark.parametrize("option", ["calib", "eval"])
+def test_data_of_the_wrong_size_are_refused_before_work(own, plugins, option):
     np.savez(own / "wide.npz", x=np.zeros((4, 3, 8, 9), np.float32), y=np.zeros(4, np.int64))
-    with pytest.raises(QhubError):
-        pipeline.run(pipeline.plan(request(own, eval=str(own / "wide.npz")), plugins), plugins, Events())
+    with pytest.raises(QhubError, match=r"the model takes|cannot be exported"):
+        pipeline.run(pipeline.plan(request(own, **{option: str(own / "wide.npz")}), plugins), plugins, Events())
+    assert not (own / "run").exists()
+
+
+def test_labels_that_the_network_has_no_class_for_are_refused_before_work(own, plugins):
+    np.savez(own / "labels.npz", x=np.zeros((4, 3, 8, 8), np.float32), y=np.array([0, 1, 2, 3]))
+    with pytest.raises(QhubError, match="has the label `3`; the model has 3 classes"):
+        pipeline.run(pipeline.plan(request(own, eval=str(own / "labels.npz")), plugins), plugins, Events())
+    assert not (own / "run").exists()
 
 
 def test_nan_in_the_data_is_named(own, plugins):
