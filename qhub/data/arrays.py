@@ -129,9 +129,10 @@ def _mapped(archive: zipfile.ZipFile, path: Path, name: str) -> NDArray[Any]:
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = npy.read_magic(member)  # type: ignore[no-untyped-call]
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read(member)  # type: ignore[no-untyped-call]
+    untyped: Any = npy  # whether its functions have types depends on numpy's version
+    version = untyped.read_magic(member)
+    read = untyped.read_array_header_1_0 if version == (1, 0) else untyped.read_array_header_2_0
+    shape, fortran, dtype = read(member)
     return shape, fortran, dtype
 
 

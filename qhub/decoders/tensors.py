@@ -48,7 +48,8 @@ class MappedTensors:
         raw = self.raw(name)
         if info.dtype == "BF16":
             return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(info.shape)
-        return raw.view(_NUMPY[info.dtype]).reshape(info.shape)
+        stored: NDArray[np.generic] = raw.view(_NUMPY[info.dtype]).reshape(info.shape)
+        return stored
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """Tensor `name` as float32, a copy."""

@@ -35,7 +35,7 @@ _HEADS = {
 }
 _VARYING = ("input_ids", "attention_mask", "token_type_ids", "input_values")  # inputs whose length varies too
 OUTPUT = "logits"
-EMBEDDING = "embedding"
+EMBEDDING = "sentence_embedding"
 
 
 @dataclass(frozen=True)
