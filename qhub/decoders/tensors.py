@@ -45,11 +45,11 @@ class MappedTensors:
     def array(self, name: str) -> NDArray[np.generic]:
         """Tensor `name` in its shape; BF16 as float32 (a copy), other dtypes as they are stored."""
         info = self.info(name)
-        raw = self.raw(name)
+        raw, stored = self.raw(name), _NUMPY.get(info.dtype, "<u2")
+        found: NDArray[np.generic] = raw.view(stored).reshape(info.shape)
         if info.dtype == "BF16":
-            return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(info.shape)
-        stored: NDArray[np.generic] = raw.view(_NUMPY[info.dtype]).reshape(info.shape)
-        return stored
+            found = (found.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return found
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """Tensor `name` as float32, a copy."""
