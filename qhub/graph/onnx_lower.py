@@ -23,7 +23,7 @@ from qhub.errors import QhubError, Unsupported
 from qhub.graph.onnx_edit import OnnxEditor
 from qhub.graph.onnx_passes import ONNXRUNTIME, OnnxStyle, lower, store_layer
 from qhub.graph.onnx_stored import StoredLayer, describe
-from qhub.graph.torch_graph import CODES, TorchGraph, export, qd
+from qhub.graph.torch_graph import CODES, TorchGraph, export, load_program, module_of, qd
 from qhub.graph.torch_ops import get_tensor
 from qhub.graph.values import GraphInput
 
@@ -87,12 +87,10 @@ def open_program(path: Path) -> TorchGraph:
     """The graph of a `.pt2` file; its inputs and outputs from the `qhub.json` beside it, else as the program calls them."""
     beside = path.with_name("qhub.json")
     about: Mapping[str, Any] = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    program = torch.export.load(path)
+    program = load_program(path)
     inputs = tuple(GraphInput(item["name"], tuple(item["shape"]), item["dtype"]) for item in about.get("inputs", ()))
     outputs = about.get("outputs") or [str(name) for name in program.graph_signature.user_outputs]
-    module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    return TorchGraph(module, inputs or _inputs(program), tuple(outputs))
+    return TorchGraph(module_of(program), inputs or _inputs(program), tuple(outputs))
 
 
 def _inputs(program: torch.export.ExportedProgram) -> tuple[GraphInput, ...]:

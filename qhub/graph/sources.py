@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qhub.errors import DamagedModelError, QhubError, Unsupported, UsageError
-from qhub.graph.torch_graph import TorchGraph, module_of
+from qhub.graph.torch_graph import TorchGraph, load_program, module_of
 from qhub.graph.values import Batch, GraphInput
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ def open_program(path: Path) -> TorchGraph:
     :raises DamagedModelError: when it cannot be read.
     """
     try:
-        program = torch.export.load(path)
+        program = load_program(path)
+    except QhubError:
+        raise
     except Exception as error:  # noqa: BLE001 - what a damaged archive raises is not defined
         first = str(error).strip().partition("\n")[0]
         raise DamagedModelError(f"`{path}` cannot be opened: {first}", hint="save it again with torch.export.save") from None

@@ -91,6 +91,8 @@ class QuantizedGraph:
 
         try:
             return TorchGraph.load(self.program, self.inputs, self.outputs)
+        except QhubError:
+            raise
         except Exception as error:  # noqa: BLE001 - what a damaged archive raises is not defined
             first = str(error).strip().partition("\n")[0]
             raise DamagedModelError(f"`{self.program}` cannot be opened: {first}", hint="quantize the model again") from None

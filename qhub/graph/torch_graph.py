@@ -19,6 +19,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import fx
 
+from qhub.graph.archive import refuse_code
 from qhub.graph.torch_ops import AFFINE_AT, aten, forget_unused, get_tensor, operations, put_tensor, set_layer, simplify
 from qhub.graph.values import ActivationGrid, Batch, GraphInput, Op, Quantization
 from qhub.quantize.qtensor import QTensor
@@ -53,9 +54,7 @@ class TorchGraph:
     @classmethod
     def load(cls, path: Path, inputs: tuple[GraphInput, ...], outputs: tuple[str, ...]) -> TorchGraph:
         """Open what `save` wrote."""
-        with _quietly():
-            program = torch.export.load(path)
-        return cls(module_of(program), inputs, outputs)
+        return cls(module_of(load_program(path)), inputs, outputs)
 
     def save(self, path: Path) -> None:
         """Write the program as a `.pt2` file, without what only says where in whose sources an operation came from."""
@@ -213,6 +212,16 @@ def duplicate(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the module, weights included."""
     with _quietly():
         return copy.deepcopy(module)
+
+
+def load_program(path: Path) -> torch.export.ExportedProgram:
+    """The program in a `.pt2` file.
+
+    :raises QhubError: when loading it could run code.
+    """
+    refuse_code(path)
+    with _quietly():
+        return torch.export.load(path)
 
 
 def module_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
