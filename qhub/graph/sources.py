@@ -31,7 +31,8 @@ _HEADS = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "logits"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "logits"),
     "ForAudioClassification": ("AutoModelForAudioClassification", "logits"),
-    "ForImageClassificationWithTeacher": ("AutoModelForImageClassificationWithTeacher", "logits"),
+    "ForImageClassificationWithTeacher": ("AutoModelForImageClassification", "logits"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "logits"),
 }
 _VARYING = ("input_ids", "attention_mask", "token_type_ids", "input_values")  # inputs whose length varies too
 OUTPUT = "logits"
@@ -143,7 +144,7 @@ def _from_folder(source: Source, names: Sequence[str]) -> tuple[nn.Module, str]:
 
     config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     architecture = str((config.get("architectures") or ["unknown"])[0])
-    automatic, output = next((head for ending, head in _HEADS.items() if architecture.endswith(ending)), ("AutoModel", EMBEDDING))
+    automatic, output = _head(architecture)
     options = {"local_files_only": True, "trust_remote_code": source.trust_remote_code, "dtype": torch.float32}
     try:
         model = getattr(transformers, automatic).from_pretrained(source.path, **options)
@@ -154,6 +155,19 @@ def _from_folder(source: Source, names: Sequence[str]) -> tuple[nn.Module, str]:
         raise QhubError(f"transformers does not open `{source.path}`: {first}", hint="check that the folder is complete") from error
     pick = _logits if output == OUTPUT else _first if _pooling(source.path) == "cls" else _mean
     return _by_position(model.eval(), names, pick), output
+
+
+def _head(architecture: str) -> tuple[str, str]:
+    """transformers' class for an architecture, and what its only output is; a class without a head gives hidden states.
+
+    :raises Unsupported: when its head gives something else.
+    """
+    found = next((head for ending, head in _HEADS.items() if architecture.endswith(ending)), None)
+    if found is None and "For" in architecture:
+        known = ", ".join(f"…{ending}" for ending in _HEADS)
+        hint = f"export it with torch.export.save and give the .pt2 file; folders of these are opened: {known}"
+        raise Unsupported(f"what a `{architecture}` gives is not known here", hint=hint)
+    return found or ("AutoModel", EMBEDDING)
 
 
 def _by_position(model: nn.Module, names: Sequence[str], pick: Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]) -> nn.Module:
