@@ -95,12 +95,18 @@ def feed(recipe: Recipe, data: Calibration, *, seed: int | None = None) -> Feed:
 
     :raises QhubError: when they cannot be read, or do not fit the model; it names the item.
     """
-    model = Path(recipe.model_path)
-    dataset = read_data(data.data, samples=data.samples, seed=seed)
+    return feed_model(Path(recipe.model_path), recipe.preprocess, read_data(data.data, samples=data.samples, seed=seed))
+
+
+def feed_model(model: Path, preprocess: Mapping[str, Any] | None, dataset: Dataset) -> Feed:
+    """`dataset` on its way into `model`; `preprocess` as a recipe has it.
+
+    :raises QhubError: when a label is none of the model's classes, or nothing says how items become inputs.
+    """
     classes = class_names(model)
     if classes is not None:
         dataset = fit_labels(dataset, len(classes), classes)
-    return Feed(dataset, preprocessor_of(recipe.preprocess, model, dataset))
+    return Feed(dataset, preprocessor_of(preprocess, model, dataset))
 
 
 def preprocessor_of(described: Mapping[str, Any] | None, model: Path, dataset: Dataset) -> Preprocessor:

@@ -16,14 +16,15 @@ from typing import Any
 
 from qhub.data.classes import fit_labels
 from qhub.data.preprocess import check_shapes
-from qhub.errors import QhubError
+from qhub.data.read import read_data
+from qhub.errors import NoRouteError, QhubError, UsageError
 from qhub.events import Events, Progress
-from qhub.feeding import BATCH, Feed, feed, vocabulary_of
+from qhub.feeding import BATCH, Feed, feed, feed_model, vocabulary_of
 from qhub.graph.sources import EMBEDDING, Source, open_graph
-from qhub.graph.store import QuantizedGraph, copy_companions, graph_facts, write_graph
-from qhub.graph.values import Batch, Quantization
+from qhub.graph.store import QuantizedGraph, artifact_format, copy_companions, graph_facts, write_graph
+from qhub.graph.values import Batch, GraphInput, Quantization
 from qhub.interfaces import Exporter, Graph, GraphJob, GraphQuantizer, GraphResult, GraphSession, Runtime
-from qhub.plugins import Plugins
+from qhub.plugins import Plugins, missing_modules
 from qhub.prove.artifact import check_artifact
 from qhub.prove.bench import measure_apart
 from qhub.prove.bench_network import NetworkJob
@@ -41,8 +42,13 @@ BENCH = "work/bench.json"
 
 def float_graph(run: RunDir, recipe: Recipe, found: Feed) -> Graph:
     """The float network of a run; `found` is data that it takes."""
-    factory = recipe.model if Path(recipe.model_path).is_file() and recipe.model_path.endswith(".safetensors") else None
-    return open_graph(Source(Path(recipe.model_path), factory, run.settings.trust_remote_code), found.sample())
+    return open_graph(source_of(recipe, trust_remote_code=run.settings.trust_remote_code), found.sample())
+
+
+def source_of(recipe: Recipe, *, trust_remote_code: bool = False) -> Source:
+    """Where the float network of a recipe is."""
+    factory = recipe.model if recipe.model_path.endswith(".safetensors") else None
+    return Source(Path(recipe.model_path), factory, trust_remote_code)
 
 
 def quantize(run: RunDir, recipe: Recipe, plugins: Plugins, quantizer: GraphQuantizer, events: Events) -> None:
@@ -238,6 +244,54 @@ def _in_engines(
             yield path, _compared(expected, partial(_first, session), graph, found)
         finally:
             session.close()
+
+
+def evaluate_folder(folder: Path, recipe: Recipe | None, data: str | None, plugins: Plugins) -> dict[str, Any]:
+    """Figures of a quantized network by qhub's reference, or of an artifact by an engine that opens it; the float network beside it.
+
+    :raises UsageError: when neither `data` nor the run says what to measure on. :raises NoRouteError: when nothing opens the artifact.
+    """
+    used = data or (recipe.evaluation.data if recipe is not None and recipe.evaluation is not None else None)
+    if used is None:
+        raise UsageError(f"`{folder}` brings no evaluation data", hint="give them: `--data DATA` (docs/data.md)")
+    found = feed_model(folder, None, read_data(used))
+    run, inputs, close = _opened(folder, plugins)
+    found = found.into(inputs)
+    try:
+        outputs = [run(batch) for batch in found.batches()]
+    finally:
+        close()
+    floating = _float_outputs(recipe, found)
+    made = compare(zip(floating or outputs, outputs, strict=True), found.labels() if found.has_labels else None, embedding=_is_unit(folder))
+    facts = {"model": str(folder), "data": used, "items": found.dataset.count, "metric": made.metric}
+    if floating is None:
+        return {**facts, "accuracy": made.figures.accuracy if made.metric == "accuracy" else None}
+    return {**facts, **_figures(made, quantized=True), "drop_pct": made.drop_pct, "float": {"accuracy": made.float_figures.accuracy}}
+
+
+def _opened(folder: Path, plugins: Plugins) -> tuple[Callable[[Batch], Any], Sequence[GraphInput], Callable[[], None]]:
+    """How to run the network in a folder: what it gives for a batch, its inputs, and how to end."""
+    written = artifact_format(folder)
+    if written is None:
+        graph = QuantizedGraph.open(folder).graph()
+        return lambda batch: graph.run(batch)[0].numpy(), graph.inputs, lambda: None
+    runtime = next((one for one in plugins.runtimes.values() if written in one.formats and not missing_modules(one)), None)
+    if runtime is None:
+        raise NoRouteError(f"nothing installed opens `{written}`", hint=f"`pip install qhub-{written.replace('onnx', 'onnxruntime')}`")
+    session = runtime.open_graph(folder)
+    return partial(_first, session), session.inputs, session.close
+
+
+def _float_outputs(recipe: Recipe | None, found: Feed) -> list[Any] | None:
+    """The float network's outputs; None where it is no longer there."""
+    if recipe is None or not Path(recipe.model_path).exists():
+        return None
+    graph = open_graph(source_of(recipe), found.sample())
+    return [graph.run(batch)[0].numpy() for batch in found.into(graph.inputs).batches()]
+
+
+def _is_unit(folder: Path) -> bool:
+    return bool(QuantizedGraph.described(folder)["outputs"][0] == EMBEDDING)
 
 
 def _figures(made: Comparison, *, quantized: bool) -> dict[str, Any]:

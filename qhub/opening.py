@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from qhub.errors import NoRouteError, QhubError, Unsupported, UsageError, failure_of
 from qhub.feeding import vocabulary_of
-from qhub.graph.store import PROGRAM, is_graph
+from qhub.graph.store import artifact_format, is_graph
 from qhub.interfaces import Runtime
 from qhub.isolation.proxies import home_of
 from qhub.plugins import Plugins, missing_modules, suggest
@@ -53,10 +53,6 @@ def opening(path: Path, plugins: Plugins, runtime: str | None) -> Opening:
     return Opening(folder, chosen, whole(text.get("vocab_size")), number(text, "context"))
 
 
-#: What the file of a network's artifact is called → its format.
-_NETWORK_FILES = {"*.onnx": "onnx", "*.xml": "openvino", "*.tflite": "tflite", "*.mlpackage": "coreml", "*.engine": "tensorrt"}
-
-
 def _of_network(folder: Path, plugins: Plugins, runtime: str | None) -> Opening:
     """The artifact of a network; of a run, the first that something here opens.
 
@@ -65,8 +61,8 @@ def _of_network(folder: Path, plugins: Plugins, runtime: str | None) -> Opening:
     beside = sorted(folder.parent.glob("artifact/*")) if folder.name == "quantized" else []
     vocabulary = vocabulary_of(folder)
     for candidate in (folder, *beside):
-        written = next((kind for pattern, kind in _NETWORK_FILES.items() if any(candidate.glob(pattern))), None)
-        if written is None or (candidate / PROGRAM).exists():
+        written = artifact_format(candidate)
+        if written is None:
             continue
         chosen = _named(runtime, plugins, detect()) if runtime is not None else _opening_format(written, plugins)
         if chosen:

@@ -15,6 +15,7 @@ from qhub import feeding, history, preflight, texts
 from qhub.errors import DamagedModelError, NoRouteError, QhubError, Unsupported, UsageError
 from qhub.events import Events
 from qhub.expect import Expectation, engine_of, expect, expect_speed, learned, read
+from qhub.graph.store import is_graph
 from qhub.interfaces import Quantizer
 from qhub.isolation.apart import check_apart, execute_at_home
 from qhub.plugins import Plugins, missing_modules
@@ -371,12 +372,17 @@ def _done(out: Path) -> tuple[str, ...]:
 
 
 def evaluate(path: Path, plugins: Plugins, events: Events, data: str | None) -> dict[str, Any]:
-    """Measure a QuantizedModel, an artifact that holds one, or a run, on a text; the float model is compared if it is still there."""
+    """Measure a QuantizedModel, an artifact that holds one, or a run, on a text or labelled data, beside the float model if it is there."""
     from qhub.prove.measure import measure
 
     folder = path / "quantized" if (path / "quantized").is_dir() else path
     run_recipe = next((parent / RECIPE for parent in (path, *path.resolve().parents[:2]) if (parent / RECIPE).exists()), None)
     recipe = None if run_recipe is None else read_recipe(run_recipe)
+    if is_graph(folder):
+        from qhub.networks import evaluate_folder
+
+        with quiet_libraries():
+            return evaluate_folder(folder, recipe, data, plugins)
     used = None if recipe is None else recipe.evaluation
     found = profile(ModelSource(folder.name, folder, ""), plugins)
     text = texts.of_evaluation(folder, used, data, plugins)

@@ -95,6 +95,19 @@ def test_a_recipe_of_a_network_is_repeated(own, plugins):
     assert report.quantized.accuracy > 0.9
 
 
+def test_eval_measures_a_network_beside_its_float_one(own, plugins):
+    report = pipeline.run(pipeline.plan(request(own), plugins), plugins, Events())
+    found = pipeline.evaluate(own / "run", plugins, Events(), None)
+    assert (found["metric"], found["items"], found["float"]["accuracy"]) == ("accuracy", 40, 1.0)
+    assert found["accuracy"] == report.quantized.accuracy
+    elsewhere = (own / "run" / "quantized").rename(own / "moved")
+    alone = pipeline.evaluate(elsewhere, plugins, Events(), str(own / "data.npz"))
+    assert alone["accuracy"] == report.quantized.accuracy
+    assert "float" not in alone
+    with pytest.raises(UsageError, match="brings no evaluation data"):
+        pipeline.evaluate(elsewhere, plugins, Events(), None)
+
+
 def test_a_layer_can_stay_float(own, plugins):
     plan = pipeline.plan(request(own, overrides=("3=float",)), plugins)
     pipeline.run(plan, plugins, Events())

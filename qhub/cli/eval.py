@@ -31,7 +31,6 @@ def evaluate(app: App, artifact: Path, data: str | None, *, as_json: bool) -> No
 
 #: Facts whose name alone does not say what they are.
 _NAMES = {
-    "accuracy": "next-token accuracy",
     "kl": "mean KL",
     "top1_agreement": "top-1 agreement",
     "drop_pct": "accuracy drop",
@@ -40,10 +39,13 @@ _NAMES = {
 _UNSAID = ("metric", "model")  # the accuracy's name, and the table's title
 
 
-def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _rows(found: Mapping[str, Any], metric: str = "") -> Iterator[tuple[str, str]]:
+    metric = str(found.get("metric", metric)).replace("_", " ").replace("next token", "next-token")
     for name, value in found.items():
         if isinstance(value, Mapping):
-            yield from ((f"{name}: {inner}", text) for inner, text in _rows(value))
+            yield from ((f"{name}: {inner}", text) for inner, text in _rows(value, metric))
+        elif name == "accuracy":
+            yield metric, _worded(name, value)
         elif name not in _UNSAID:
             yield _NAMES.get(name, name.replace("_", " ")), _worded(name, value)
 

@@ -40,8 +40,9 @@ def inspect(app: App, path: str, *, context: int | None, layers: bool, as_json: 
     from qhub.route.sizes import by_class, cache_bytes, memory
     from qhub.types import as_json as to_json
 
-    model = profile(path, app.plugins)
-    classes, quantized = by_class(model), quantized_as(Path(model.path))
+    model = profile(_network_file(path) or path, app.plugins)
+    there = Path(model.path)
+    classes, quantized = by_class(model), quantized_as(there.parent if there.is_file() else there)
     tokens = context or min(model.context_length or PLANNED_CONTEXT, PLANNED_CONTEXT)
     _warn(app, model, context)
     if as_json:
@@ -53,6 +54,15 @@ def inspect(app: App, path: str, *, context: int | None, layers: bool, as_json: 
     _show_memory(app, model, tokens)
     if layers:
         _show_layers(app, model)
+
+
+def _network_file(path: str) -> str | None:
+    """The file of the network, where PATH is a folder (or a run) that holds a quantized one."""
+    from qhub.graph.store import is_graph
+
+    folders = [folder for folder in (Path(path), Path(path) / "quantized") if is_graph(folder)]
+    files = [file for folder in folders for name in ("model.pt2", "model.onnx") if (file := folder / name).is_file()]
+    return str(files[0]) if files else None
 
 
 def quantized_as(folder: Path) -> dict[str, Any] | None:

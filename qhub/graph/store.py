@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 METADATA = "qhub.json"
 PROGRAM, ONNX = "model.pt2", "model.onnx"
+_ARTIFACTS = {"*.onnx": "onnx", "*.xml": "openvino", "*.tflite": "tflite", "*.mlpackage": "coreml", "*.engine": "tensorrt"}
 #: What feeds the model, and is copied to wherever it goes.
 COMPANIONS = (
     "config.json", "preprocess.json", "preprocess.yaml", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
@@ -43,6 +44,17 @@ class QuantizedGraph:
 
         :raises QhubError: when there is none. :raises DamagedModelError: when its files contradict each other.
         """
+        found = cls(folder, cls.described(folder))
+        if not found.program.is_file():
+            raise DamagedModelError(f"`{folder}` has no `{found.program.name}`", hint="quantize the model again")
+        return found
+
+    @staticmethod
+    def described(folder: Path) -> Mapping[str, Any]:
+        """What `qhub.json` says of the network in `folder`, a QuantizedModel or an artifact.
+
+        :raises QhubError: when it is none.
+        """
         path = folder / METADATA
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -52,10 +64,7 @@ class QuantizedGraph:
             ) from None
         if not isinstance(metadata, dict) or metadata.get("kind") != "graph":
             raise QhubError(f"`{folder}` is no quantized graph", hint=f"`qhub inspect {folder}` says what it is")
-        found = cls(folder, metadata)
-        if not found.program.is_file():
-            raise DamagedModelError(f"`{folder}` has no `{found.program.name}`", hint="quantize the model again")
-        return found
+        return metadata
 
     @property
     def program(self) -> Path:
@@ -107,6 +116,13 @@ class QuantizedGraph:
         from qhub.types import Scheme
 
         return {layer: Scheme.parse(scheme).weight_bits for layer, scheme in self.schemes.items()}
+
+
+def artifact_format(folder: Path) -> str | None:
+    """The format of a network's artifact, by its files; None for a QuantizedModel and for what is no artifact."""
+    if (folder / PROGRAM).exists() or folder.name == "quantized":
+        return None
+    return next((written for pattern, written in _ARTIFACTS.items() if any(folder.glob(pattern))), None)
 
 
 def is_graph(folder: Path) -> bool:
