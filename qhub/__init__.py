@@ -26,6 +26,7 @@ _HOMES = {
     "qhub.decoders.config": ("DecoderConfig", "decoder_config"),
     "qhub.decoders.files": ("DecoderFiles", "misfit", "open_decoder", "read_json"),
     "qhub.decoders.packed": ("PackedLayer",),
+    "qhub.decoders.session": ("DecoderSession",),
     "qhub.decoders.tensors": ("MappedTensors",),
     "qhub.graph.onnx_graph": ("OnnxGraph",),
     "qhub.graph.onnx_lower": ("OnnxOptions", "write_onnx"),
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from qhub.decoders.config import DecoderConfig, decoder_config
     from qhub.decoders.files import DecoderFiles, misfit, open_decoder, read_json
     from qhub.decoders.packed import PackedLayer
+    from qhub.decoders.session import DecoderSession
     from qhub.decoders.tensors import MappedTensors
     from qhub.errors import ExitCode, NoRouteError, PluginError, QhubError, Unsupported, UsageError
     from qhub.graph.onnx_graph import OnnxGraph

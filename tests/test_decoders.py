@@ -11,6 +11,7 @@ from tiny_models import quantize, tiny_model
 from transformers import AutoConfig
 
 from qhub import DecoderFiles, QhubError, QuantizedWeights, Quantizer, Unsupported, decoder_config, open_decoder, quantize_rtn
+from qhub.decoders.session import drawn
 
 KNOWN = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"]
 
@@ -133,3 +134,10 @@ def test_damage_is_one_error(file, text, words, opened, tmp_path):
 def test_a_tensor_that_is_missing_is_named(opened):
     with pytest.raises(QhubError, match=r"has no tensor `model\.layers\.7\.x`"):
         opened("llama").tensors.info("model.layers.7.x")
+
+
+def test_only_the_most_probable_tokens_that_have_top_p_together_are_drawn():
+    logits, random = np.log(np.array([0.1, 0.5, 0.4], dtype=np.float32)), np.random.default_rng(0)
+    assert {drawn(logits, 1.0, 0.6, random) for _ in range(200)} == {1, 2}
+    assert {drawn(logits, 1.0, 0.45, random) for _ in range(50)} == {1}
+    assert {drawn(logits, 1.0, 1.0, random) for _ in range(200)} == {0, 1, 2}
