@@ -34,9 +34,9 @@ _HOMES = {
     "qhub.graph.onnx_stored": ("read_onnx_layers",),
     "qhub.graph.placement": ("place",),
     "qhub.graph.sources": ("inputs_of",),
-    "qhub.graph.store": ("graph_facts", "write_graph"),
+    "qhub.graph.store": ("graph_facts", "write_graph", "is_graph"),
     "qhub.graph.torch_graph": ("TorchGraph",),
-    "qhub.graph.values": ("ActivationGrid", "Batch", "GraphInput", "Op", "Point", "Quantization"),
+    "qhub.graph.values": ("ActivationGrid", "Batch", "GraphInput", "Op", "Point", "Quantization", "fitting_array"),
     "qhub.quantize.block": ("LayerChoice",),
     "qhub.quantize.pack": ("pack", "unpack"),
     "qhub.quantize.qtensor": ("QTensor", "round_scale", "dequantize", "encode"),
@@ -66,9 +66,9 @@ if TYPE_CHECKING:
     from qhub.graph.onnx_stored import read_onnx_layers
     from qhub.graph.placement import place
     from qhub.graph.sources import inputs_of
-    from qhub.graph.store import graph_facts, write_graph
+    from qhub.graph.store import graph_facts, is_graph, write_graph
     from qhub.graph.torch_graph import TorchGraph
-    from qhub.graph.values import ActivationGrid, Batch, GraphInput, Op, Point, Quantization
+    from qhub.graph.values import ActivationGrid, Batch, GraphInput, Op, Point, Quantization, fitting_array
     from qhub.hookspecs import hookimpl
     from qhub.interfaces import (
         Block,

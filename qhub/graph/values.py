@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from qhub.errors import QhubError
+
 if TYPE_CHECKING:
     import torch
 
@@ -110,3 +112,17 @@ class GraphInput:
 def grid_json(grid: ActivationGrid) -> dict[str, Any]:
     """A grid as it stands in `qhub.json`."""
     return {"scale": grid.scale, "zero": grid.zero, "bits": grid.bits}
+
+
+def fitting_array(network: object, item: GraphInput, batch: Batch) -> NDArray[np.generic]:
+    """The array of a batch for an input of `network` (its name or path), in the input's number format.
+
+    :raises QhubError: when the batch lacks it, or it has a shape that the network does not take.
+    """
+    array = batch.get(item.name)
+    if array is None:
+        raise QhubError(f"`{network}` takes `{item.name}`, which the batch lacks: it has {', '.join(batch)}", hint="name the arrays so")
+    if array.ndim != len(item.shape) or any(size not in (-1, found) for size, found in zip(item.shape, array.shape, strict=True)):
+        wanted, found = ("×".join("any" if size < 0 else str(size) for size in shape) for shape in (item.shape, array.shape))
+        raise QhubError(f"`{item.name}` of `{network}` takes {wanted}; the data is {found}", hint="check the preprocessing of the data")
+    return np.ascontiguousarray(array, dtype=item.dtype)

@@ -41,15 +41,6 @@ def model_file(path: Path) -> Path:
     return path / MODEL if path.is_dir() else path
 
 
-def is_network(path: Path) -> bool:
-    """Whether the artifact is a network that is no language model, as its `qhub.json` says."""
-    said = path / METADATA
-    try:
-        return path.is_file() or json.loads(said.read_text(encoding="utf-8")).get("kind") == "graph"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def network_layers(path: Path) -> Mapping[str, QTensor]:
     """The codes, scales and zeros in a network's ONNX file."""
     return read_onnx_layers(model_file(path))

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from qhub import GraphInput, OpenOptions, QhubError, Unsupported, fast_cores
+from qhub import GraphInput, OpenOptions, QhubError, Unsupported, fast_cores, fitting_array
 from qhub_onnxruntime.network import model_file
 
 #: What is used where the installed package has it, best first.
@@ -35,7 +35,7 @@ class NetworkSession:
 
         :raises QhubError: when an input is missing or has a shape that the network does not take.
         """
-        feed = {item.name: _fitting(self._path, item, batch) for item in self.inputs}
+        feed = {item.name: fitting_array(self._path, item, batch) for item in self.inputs}
         try:
             made: list[NDArray[np.float32]] = self._session.run(None, feed)
         except Exception as error:  # noqa: BLE001 - ONNX Runtime raises a class per status
@@ -76,15 +76,3 @@ def _failed(path: Path, what: str, error: Exception) -> QhubError:
 def _described(item: Any) -> GraphInput:  # noqa: ANN401 - ONNX Runtime has no types
     kind = item.type.removeprefix("tensor(").removesuffix(")")
     return GraphInput(item.name, tuple(size if isinstance(size, int) else -1 for size in item.shape), _DTYPES.get(kind, kind))
-
-
-def _fitting(path: Path, item: GraphInput, batch: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
-    """The array for an input, in its number format."""
-    array = batch.get(item.name)
-    if array is None:
-        raise QhubError(f"`{path}` takes `{item.name}`, which the batch lacks: it has {', '.join(batch)}", hint="name the arrays so")
-    wanted = "×".join("any" if size < 0 else str(size) for size in item.shape)
-    if array.ndim != len(item.shape) or any(size not in (-1, found) for size, found in zip(item.shape, array.shape, strict=True)):
-        found = "×".join(map(str, array.shape))
-        raise QhubError(f"`{item.name}` of `{path}` takes {wanted}; the data is {found}", hint="check the preprocessing of the data")
-    return np.ascontiguousarray(array, dtype=item.dtype)

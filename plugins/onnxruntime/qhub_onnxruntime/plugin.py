@@ -50,9 +50,10 @@ class OnnxExporter(Exporter):
 
     def read_layers(self, path: Path) -> Mapping[str, QTensor] | None:
         """Codes, scales and zeros out of the graph's initializers."""
-        from qhub_onnxruntime.network import is_network, network_layers
+        from qhub import is_graph
+        from qhub_onnxruntime.network import network_layers
 
-        if is_network(path):
+        if path.is_file() or is_graph(path):
             return network_layers(path)
         from qhub_onnxruntime.read import read_layers
 

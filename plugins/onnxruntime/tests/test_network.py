@@ -8,11 +8,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from qhub_onnxruntime.network import is_network
 from qhub_onnxruntime.plugin import OnnxExporter, OnnxRuntime, QdqExporter
 from tiny_graphs import residual, static
 
-from qhub import ModelProfile, OpenOptions, QhubError, QuantizedModel, Recipe, Scheme, Unsupported
+from qhub import ModelProfile, OpenOptions, QhubError, QuantizedModel, Recipe, Scheme, Unsupported, is_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch calls it itself, when a program is copied
 RECIPE = Recipe("m", "m", "", "host", "static", "w8a8-static")
@@ -48,7 +47,7 @@ def test_the_folder_holds_the_network_and_what_feeds_it(artifact):
 
 def test_codes_scales_and_zeros_are_read_back_the_same(artifact, quantized):
     found = OnnxExporter().read_layers(artifact)
-    assert is_network(artifact)
+    assert is_graph(artifact)
     for layer, tensor in quantized[1].weights.items():
         assert torch.equal(found[layer].codes, tensor.codes)
         assert torch.equal(found[layer].scale, tensor.scale)

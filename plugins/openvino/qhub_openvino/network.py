@@ -48,14 +48,6 @@ def export_network(source: Path, out: Path, recipe: Recipe) -> None:
         del model
 
 
-def is_network(path: Path) -> bool:
-    """Whether the artifact is a network that is no language model, as its `qhub.json` says."""
-    try:
-        return bool(json.loads((path / _METADATA).read_text(encoding="utf-8")).get("kind") == "graph")
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def network_layers(path: Path) -> Mapping[str, QTensor]:
     """The codes, scales and zeros of a network's quantized layers.
 

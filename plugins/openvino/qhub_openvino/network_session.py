@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qhub import GraphInput, OpenOptions, QhubError
+from qhub import GraphInput, OpenOptions, QhubError, fitting_array
 from qhub_openvino.devices import CPU, device_of, settings
 from qhub_openvino.export import DATA, MODEL
 from qhub_openvino.network import NETWORK, facts
@@ -43,7 +43,7 @@ class NetworkSession:
         :raises QhubError: when an input is missing or has a shape that the network does not take.
         """
         assert self._request is not None, "closed"
-        feeds = {item.name: self._fitting(item, batch) for item in self.inputs}
+        feeds = {item.name: fitting_array(self._path, item, batch) for item in self.inputs}
         try:
             made = self._request.infer(feeds, share_inputs=True, share_outputs=False)
         except RuntimeError as error:
@@ -53,18 +53,6 @@ class NetworkSession:
     def close(self) -> None:
         """Give memory back."""
         self._request = None
-
-    def _fitting(self, item: GraphInput, batch: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
-        """The array for an input, in its number format."""
-        array = batch.get(item.name)
-        if array is None:
-            message = f"`{self._path}` takes `{item.name}`, which the batch lacks: it has {', '.join(batch)}"
-            raise QhubError(message, hint="name the arrays so")
-        if array.ndim != len(item.shape) or any(size not in (-1, found) for size, found in zip(item.shape, array.shape, strict=True)):
-            wanted, found = ("×".join("any" if size < 0 else str(size) for size in shape) for shape in (item.shape, array.shape))
-            message = f"`{item.name}` of `{self._path}` takes {wanted}; the data is {found}"
-            raise QhubError(message, hint="check the preprocessing of the data")
-        return np.ascontiguousarray(array, dtype=item.dtype)
 
 
 def _dynamic(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

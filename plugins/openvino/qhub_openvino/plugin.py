@@ -49,9 +49,10 @@ class OpenVinoExporter(Exporter):
 
     def read_layers(self, path: Path) -> Mapping[str, QTensor] | None:
         """Codes, scales and zeros out of the IR's constants."""
-        from qhub_openvino.network import is_network, network_layers
+        from qhub import is_graph
+        from qhub_openvino.network import network_layers
 
-        if is_network(path):
+        if is_graph(path):
             return network_layers(path)
         from qhub_openvino.read import read_layers
 

@@ -6,12 +6,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from qhub_openvino.network import is_network
 from qhub_openvino.plugin import OpenVinoExporter, OpenVinoRuntime
 from qhub_openvino.vendor import ov
 from tiny_graphs import dynamic, encoder, residual, static
 
-from qhub import ModelProfile, OpenOptions, QhubError, Quantization, QuantizedModel, Recipe, Scheme, Unsupported, UsageError
+from qhub import ModelProfile, OpenOptions, QhubError, Quantization, QuantizedModel, Recipe, Scheme, Unsupported, UsageError, is_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch calls it itself, when a program is copied
 RECIPE = Recipe("m", "m", "", "host", "static", "w8a8-static")
@@ -55,7 +54,7 @@ def made(tmp_path_factory):
 def test_codes_scales_and_zeros_are_read_back_the_same(name, made):
     artifact, decided, _, _ = made(name)
     found = OpenVinoExporter().read_layers(artifact)
-    assert is_network(artifact)
+    assert is_graph(artifact)
     assert found.keys() == decided.weights.keys()
     for layer, tensor in decided.weights.items():
         assert torch.equal(found[layer].codes, tensor.codes)
